@@ -1,0 +1,1 @@
+"""Make a transformer sparse without losing what it can do."""

@@ -1,0 +1,13 @@
+"""Show it: connectivity, attention maps, training curves. Needs numpy and matplotlib, never torch.
+
+figure = connectivity([Panel(title="dense", ...), Panel(title="sparse", ...)])
+save(figure, "runs/addition/connectivity")  # .svg and .png
+"""
+
+from fewedges.draw.connectivity import connectivity
+from fewedges.draw.heads import heads
+from fewedges.draw.lines import training_curve
+from fewedges.draw.panel import Panel
+from fewedges.draw.theme import THEMES, Theme, save
+
+__all__ = ["THEMES", "Panel", "Theme", "connectivity", "heads", "save", "training_curve"]

@@ -1,0 +1,97 @@
+"""The one door into a model's attention: transformers' AttentionInterface, function and mask together.
+
+Registering the function alone hands it `attention_mask=None` and the model is silently non-causal (its logits
+moved by .08 to .51 on 11 models), so `register` always registers both, and `allowed_keys` refuses None.
+
+Shapes: B batch, H head, G key/value head, Q query, K key, E head width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from fewedges.errors import ProbeError
+
+
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Register an attention function and the boolean mask it needs under one name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, boolean_mask)
+
+
+def boolean_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 Q K"]:
+    """Build the mask of transformers' SDPA path as booleans, and never leave it out."""
+    from transformers.masking_utils import sdpa_mask
+
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    kwargs.pop("dtype", None)
+    return sdpa_mask(*args, **kwargs)
+
+
+@contextmanager
+def attention_by(model: Any, name: str) -> Iterator[None]:
+    """Run the model's attention through the function registered under `name`; put the old one back."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def allowed_keys(mask: Tensor | None, keys: int) -> Bool[Tensor, "B 1 Q K"]:
+    """Turn what transformers hands over into booleans; a missing mask is an error, never "all allowed"."""
+    if mask is None:
+        raise ProbeError(
+            "attention through fewedges",
+            "no mask arrived, the model would not be causal",
+            "a decoder that builds its masks with transformers.masking_utils",
+        )
+    allowed = mask if mask.dtype == torch.bool else mask >= 0
+    return allowed[..., :keys]
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    value: Float[Tensor, "B G K E"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "B Q H E"], Float[Tensor, "B H Q K"]]:
+    """Plain softmax attention in the interface's signature: what the probes compare a model with."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = attention_scores(query, key, scale, softcap)
+    weights = attention_weights(scores, allowed_keys(attention_mask, key.shape[-2]))
+    output = weights.to(value.dtype) @ repeat_heads(value, query.shape[1])  # (B, H, Q, E)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def attention_scores(
+    query: Float[Tensor, "B H Q E"], key: Float[Tensor, "B G K E"], scaling: float, softcap: float | None = None
+) -> Float[Tensor, "B H Q K"]:
+    """Scale and softcap the scores, in at least float32."""
+    scores = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)) * scaling
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def attention_weights(
+    scores: Float[Tensor, "B H Q K"], allowed: Bool[Tensor, "#B 1 Q K"]
+) -> Float[Tensor, "B H Q K"]:
+    """Softmax over the allowed keys; 0 everywhere in a row that allows none."""
+    masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return torch.softmax(masked, dim=-1) * allowed
+
+
+def repeat_heads(kv: Float[Tensor, "B G K E"], heads: int) -> Float[Tensor, "B H K E"]:
+    """Give every query head its key/value head (GQA)."""
+    return kv if kv.shape[1] == heads else kv.repeat_interleave(heads // kv.shape[1], dim=1)

@@ -1,0 +1,198 @@
+"""Every choice in one place: the same dataclass is the Python API, the YAML file and the command line.
+
+The string under each field is its help text. Ranges are checked when a recipe is made, and a message names the
+field. `read_recipe` and `write_recipe` go through YAML; what was resolved is written beside every output.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fewedges.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttention:
+    """Sparse attention post-training: fewest attention edges at an unchanged loss (arXiv:2512.05865).
+
+    Minimises   kl_weight * KL + loss_weight * cross-entropy + multiplier * edges per query per head,
+    and lets the multiplier grow while every margin holds and shrink while one is broken.
+    """
+
+    kl_margin: float | None = 0.1
+    """Constraint: KL(dense || sparse) in nats per token may reach this. None: not constrained."""
+    loss_margin: float | None = 0.0
+    """Constraint: cross-entropy may exceed the dense model's by this, nats per token. None: not constrained."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence to the dense model in the objective."""
+    loss_weight: float = 0.1
+    """Weight of next-token cross-entropy in the objective."""
+
+    bias: Literal["learned", "constant"] = "learned"
+    """Gate bias: one learned number per head, or the constant `bias_start` everywhere."""
+    bias_start: float = 0.0
+    """Where the gate bias starts; larger opens more edges at step 0."""
+    anneal_from: float = 0.0
+    """Extra gate bias at step 0, falling linearly to 0 over `anneal_steps`."""
+    anneal_steps: int = 0
+    """Steps of that fall; 0 switches annealing off."""
+    sampling: Literal["logistic", "none"] = "logistic"
+    """Training gates: sampled with logistic noise, or thresholded; both straight-through."""
+    layer_weights: tuple[float, ...] = ()
+    """Price of an edge by layer (one number per layer); empty: 1 everywhere."""
+    head_weights: tuple[float, ...] = ()
+    """Price of an edge by head index (one number per head); empty: 1 everywhere."""
+
+    multiplier_start: float = 2e-3
+    """Price of one edge per query per head, in nats, at step 0."""
+    multiplier_rate: float = 0.02
+    """Largest change of log(multiplier) in one step."""
+    multiplier_width: float = 0.02
+    """Distance from the margin, in nats, at which that largest change is reached."""
+    smoothing: float = 0.95
+    """Decay of the running mean of the constraint that drives the multiplier."""
+
+    train: Literal["full", "attention", "lora"] = "full"
+    """What moves: all weights, the attention weights, or LoRA adapters on all linear layers (needs peft)."""
+    lora_rank: int = 64
+    """Rank of the LoRA adapters; their alpha equals the rank."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of the weights (LoRA wants about 1e-3)."""
+    bias_learning_rate: float = 0.02
+    """Learning rate of the gate biases."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Gradient norm is clipped to this."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    decay_fraction: float = 0.25
+    """Last part of the budget over which the learning rate falls to 0."""
+
+    context_length: int = 512
+    """Tokens per training window, T."""
+    batch_size: int = 16
+    """Windows per optimiser step."""
+    micro_batch: int | None = None
+    """Windows per forward pass; None: the whole batch. Halved by itself when memory runs out."""
+    steps: int | None = None
+    """Budget: optimiser steps."""
+    tokens: int | None = None
+    """Budget: tokens read."""
+    minutes: float | None = None
+    """Budget: minutes of training, added up over resumed pieces. Resuming is exact for steps and tokens only."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimiser stay float32."""
+    kernel: Literal["reference", "triton"] = "reference"
+    """Who computes gated attention: plain PyTorch, or the fused kernel (GPU)."""
+    seed: int = 0
+    """Seed of data order, gate noise and adapters."""
+    log_every: int = 10
+    """Steps between log records."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        positive = "kl_weight loss_weight weight_decay warmup_steps anneal_steps anneal_from"
+        _check(self, positive, lambda x: x >= 0, "at least 0")
+        strictly = (
+            "multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "
+            "lora_rank batch_size micro_batch steps tokens minutes log_every checkpoint_every"
+        )
+        _check(self, strictly, lambda x: x > 0, "more than 0")
+        _check(self, "context_length", lambda x: x >= 2, "at least 2")
+        _check(self, "smoothing", lambda x: 0 <= x < 1, "in [0, 1)")
+        _check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
+        _check(self, "layer_weights head_weights adam_betas", lambda xs: all(x >= 0 for x in xs), "at least 0")
+        for name, choices in _choices(self):
+            if getattr(self, name) not in choices:
+                raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.kl_margin is None and self.loss_margin is None:
+            raise RecipeError("kl_margin and loss_margin", "both are None, so nothing is constrained", "kl_margin=0.1")
+        if self.kl_weight == 0 and self.loss_weight == 0:
+            raise RecipeError("kl_weight and loss_weight", "both are 0, so nothing is learned", "kl_weight=1")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise _bad("micro_batch", self.micro_batch, f"a divisor of batch_size {self.batch_size}")
+        if self.sampling == "none" and self.kernel == "triton":
+            raise RecipeError("sampling=none", "the fused kernel only samples", "kernel=reference")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens read by one optimiser step."""
+        return self.batch_size * self.context_length
+
+    def has_budget(self) -> bool:
+        """Whether training would ever stop."""
+        return not (self.steps is None and self.tokens is None and self.minutes is None)
+
+
+RECIPES: dict[str, type] = {"sparse-attention": SparseAttention}
+
+
+def _check(recipe: Any, names: str, holds: Any, wanted: str) -> None:
+    for name in names.split():
+        value = getattr(recipe, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is None:
+            continue
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or not holds(value):
+            raise _bad(name, value, wanted)
+
+
+def _choices(recipe: Any) -> list[tuple[str, tuple[str, ...]]]:
+    fields = dataclasses.fields(recipe)
+    return [(f.name, f.type.__args__) for f in fields if getattr(f.type, "__origin__", None) is Literal]  # type: ignore[union-attr]
+
+
+def _bad(name: str, value: Any, wanted: str) -> RecipeError:
+    return RecipeError(f"recipe field {name}", f"{value!r}", f"a value {wanted}")
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Give plain data, with the recipe's name under `recipe`."""
+    name = next(name for name, kind in RECIPES.items() if type(recipe) is kind)
+    return {"recipe": name, **_plain(dataclasses.asdict(recipe))}
+
+
+def from_dict(data: dict[str, Any]) -> Any:
+    """Make a recipe from plain data; an unknown name or field is an error that lists the known ones."""
+    kind = RECIPES.get(data.get("recipe", "sparse-attention"))
+    if kind is None:
+        raise RecipeError("recipe", repr(data.get("recipe")), f"one of {', '.join(RECIPES)}")
+    fields = {f.name for f in dataclasses.fields(kind)}
+    given = {name: value for name, value in data.items() if name != "recipe"}
+    if unknown := sorted(set(given) - fields):
+        raise RecipeError(f"recipe field {unknown[0]}", "no such field", f"one of {', '.join(sorted(fields))}")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def read_recipe(path: Path | str) -> Any:
+    """Read a recipe from a YAML file."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe file {path}", str(error), "a YAML file like recipes/smollm2.yaml") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe file {path}", f"{type(data).__name__}, not a mapping", "lines of `field: value`")
+    return from_dict(data)
+
+
+def write_recipe(recipe: Any, path: Path | str) -> None:
+    """Write a recipe as YAML, every field resolved."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}

@@ -1,0 +1,42 @@
+"""The multiplier's law: the price of an edge rises while the constraint holds and falls while it is broken.
+
+Source: GECO (Rezende and Viola 2018, arXiv:1810.00597), which minimises an objective subject to an error staying
+under a bound by moving a Lagrange multiplier exponentially with a running mean of the violation. GECO puts the
+multiplier on the error; we put its inverse, the price, on the edges. Two things differ: the violation is clipped
+to +-1 in units of `width`, so that one bad batch cannot move the price by more than `rate`; and with several
+constraints the most violated one drives the price.
+
+    violation = max over constraints of (value - margin)
+    mean      = smoothing * mean + (1 - smoothing) * violation        (the first value starts it)
+    log price = log price - rate * clip(mean / width, -1, 1)
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from fewedges.recipes import SparseAttention
+
+
+@dataclass
+class Multiplier:
+    """The price of one attention edge per query per head, in nats, and the running mean that moves it."""
+
+    price: float
+    mean: float | None = None
+
+    def update_(self, recipe: SparseAttention, kl: float, excess_loss: float) -> None:
+        """Move the price after a step whose batch had this KL and this cross-entropy above the dense model's."""
+        now = violation(recipe, kl, excess_loss)
+        self.mean = now if self.mean is None else recipe.smoothing * self.mean + (1 - recipe.smoothing) * now
+        pull = max(-1.0, min(1.0, self.mean / recipe.multiplier_width))
+        self.price *= math.exp(-recipe.multiplier_rate * pull)
+
+    def state(self) -> dict[str, float | None]:
+        """Plain data; floats survive json exactly."""
+        return asdict(self)
+
+
+def violation(recipe: SparseAttention, kl: float, excess_loss: float) -> float:
+    """How far the most violated constraint is past its margin, in nats per token; negative when all hold."""
+    pairs = ((kl, recipe.kl_margin), (excess_loss, recipe.loss_margin))
+    return max(value - margin for value, margin in pairs if margin is not None)

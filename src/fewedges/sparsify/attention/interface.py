@@ -1,0 +1,142 @@
+"""Put gates into a transformers model, and run it through them.
+
+`attach_` gives every attention module a `gate_bias` and switches the model to the attention function registered
+here, with its mask. From then on any forward pass, `model.generate` included, uses hard gates. A forward pass
+that wants more (sampled gates, counts, all gates open) is handed a `GatePass`:
+
+    run = GatePass(sample=True, seed=7)
+    model(input_ids, gate_pass=run)
+    run.expected_edges()          # per query per head, differentiable
+
+Shapes: B batch, T token, Q query, K key, H head, G key/value head, E head width, L layer.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from fewedges.errors import ModelError
+from fewedges.model.anatomy import Anatomy, plain
+from fewedges.model.attention import allowed_keys, register
+from fewedges.sparsify.attention.gate import OPEN_BIAS, Gated, Gating, gated_attention
+
+GATED = "fewedges-gated"
+
+
+@dataclass(kw_only=True)
+class GatePass:
+    """How gates are decided in one forward pass, and what they did: pass it as `gate_pass=`."""
+
+    sample: bool = False
+    """Draw the gates (training) instead of thresholding them (evaluation)."""
+    straight_through: bool = False
+    """Let gradients pass thresholded gates."""
+    seed: int | Tensor = 0
+    """Key of the noise; every layer derives its own."""
+    offset: float = 0.0
+    """Added to every gate bias (annealing)."""
+    open_all: bool = False
+    """Every gate open: the dense model with the present weights."""
+    kernel: Literal["reference", "triton"] = "reference"
+    keep_maps: bool = False
+    """Keep weights and gates of every layer (small inputs only: T x T)."""
+
+    expected: dict[int, Float[Tensor, "B H Q"]] = field(default_factory=dict)
+    open: dict[int, Float[Tensor, "B H Q"]] = field(default_factory=dict)
+    maps: dict[int, tuple[Float[Tensor, "B H Q K"], Bool[Tensor, "B H Q K"]]] = field(default_factory=dict)
+
+    def expected_edges(self) -> Float[Tensor, "L B H Q"]:
+        """Expected open gates under sampling, layers stacked; differentiable."""
+        return torch.stack([self.expected[layer] for layer in sorted(self.expected)])
+
+    def open_edges(self) -> Float[Tensor, "L B H Q"]:
+        """Gates that evaluation opens, layers stacked."""
+        return torch.stack([self.open[layer] for layer in sorted(self.open)])
+
+    def gating(self, layer: int) -> Gating:
+        """The layer's share: its own noise key."""
+        return Gating(sample=self.sample, straight_through=self.straight_through, seed=self.seed + 7919 * layer)
+
+
+def attach_(model: Any, anatomy: Anatomy, *, bias_start: float = 0.0, learned: bool = True) -> Any:
+    """Give `model` gates in place: a float32 `gate_bias` (H,) per attention module, and the gated function."""
+    register(GATED, gated_forward)
+    for module in anatomy.modules(model):
+        bias = torch.full((anatomy.heads,), bias_start, device=next(module.parameters()).device)
+        module.register_parameter("gate_bias", nn.Parameter(bias, requires_grad=learned))
+    plain(model).set_attn_implementation(GATED)
+    return model
+
+
+def is_gated(model: Any) -> bool:
+    """Whether forward passes of this model go through gates."""
+    return plain(model).config._attn_implementation == GATED
+
+
+def gate_biases(model: Any, anatomy: Anatomy) -> Float[Tensor, "L H"]:
+    """All gate biases of a gated model, layers stacked."""
+    return torch.stack([module.gate_bias.detach() for module in anatomy.modules(model)])  # type: ignore[arg-type]
+
+
+def gated_forward(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    value: Float[Tensor, "B G K E"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    gate_pass: GatePass | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "B Q H E"], None]:
+    """Attend through gates, in the AttentionInterface's signature; without a `gate_pass`, hard gates."""
+    run = GatePass() if gate_pass is None else gate_pass
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    bias = module.gate_bias + run.offset  # (H,)
+    bias = torch.full_like(bias, OPEN_BIAS) if run.open_all else bias
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if run.kernel == "triton":
+        result = _fused(query, key, value, bias, run.gating(layer), scale, softcap, sliding_window)
+    else:
+        allowed = allowed_keys(attention_mask, key.shape[-2])
+        options: dict[str, Any] = {"scaling": scale, "softcap": softcap}
+        result = gated_attention(query, key, value, bias, allowed, **options, gating=run.gating(layer))
+        if run.keep_maps:
+            run.maps[layer] = _maps(query, key, bias, allowed, options)
+    run.expected[layer], run.open[layer] = result.expected, result.open
+    return result.output.transpose(1, 2).contiguous(), None
+
+
+def _maps(query: Tensor, key: Tensor, bias: Tensor, allowed: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What hard gates let through: weights after the gate, and the gates, both (B, H, Q, K)."""
+    from fewedges.model.attention import attention_scores, attention_weights
+
+    scores = attention_scores(query, key, **options)
+    gate = (scores + bias[:, None, None] > 0) & allowed
+    return (attention_weights(scores, allowed) * gate).detach(), gate
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    gating: Gating,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Gated:
+    """The fused kernel: plain causal attention without padding, which the training loop guarantees."""
+    from fewedges.sparsify.attention.kernel import fused_gated_attention
+
+    length = query.shape[-2]
+    if softcap is not None or key.shape[-2] != length or (window is not None and window < length):
+        found = "this layer has a softcap, a cache or a sliding window shorter than the input"
+        raise ModelError("kernel=triton", found, "kernel=reference")
+    return fused_gated_attention(
+        query, key, value, bias, gating.seed, scaling=scaling, sample=gating.sample
+    )

@@ -1,0 +1,242 @@
+"""The verb `sparsify`, and what it returns: a sparse model that saves, loads, prints and shows itself."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewedges import store
+from fewedges.data.batch import Batches
+from fewedges.errors import RecipeError, StoreError
+from fewedges.model.loading import Loaded, fingerprint
+from fewedges.model.loading import load as load_dense
+from fewedges.model.probes import check
+from fewedges.recipes import SparseAttention, from_dict, to_dict, write_recipe
+from fewedges.sparsify.attention.card import model_card
+from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, is_gated
+from fewedges.sparsify.attention.student import make_student, trained, trained_weights
+from fewedges.sparsify.attention.training import Record, post_train
+
+KIND, CONTROL = "sparse-attention", "dense-control"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """A model with sparse attention, beside the dense model it came from and, if trained, its dense control."""
+
+    loaded: Loaded
+    """The sparse model; `loaded.model` runs with hard gates, `model.generate` included."""
+    dense: Loaded
+    control: Loaded | None = None
+    recipe: SparseAttention
+    records: list[Record] = field(default_factory=list)
+    """The training log."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What it was trained on."""
+    finished: bool = True
+    results: dict[str, Any] = field(default_factory=dict)
+    """Measurements to be saved with it (a Report as plain data)."""
+
+    @property
+    def model(self) -> Any:
+        """The sparse transformers model."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return self.dense.tokenizer
+
+    def __str__(self) -> str:
+        if not self.records:
+            return f"sparse {self.dense.name}, untrained"
+        last = self.records[-1]
+        edges = f"{last['edges_per_query_per_head']:.3g} attention edges per query per head"
+        state = "" if self.finished else " (paused)"
+        return f"sparse {self.dense.name}{state}: {edges}, KL {last['kl']:.3g}, after {last['tokens']:,} tokens"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{self}</pre>"
+
+    def save(self, folder: Path | str) -> Path:
+        """Write what differs from the base model (weights or adapters, gate biases), manifest, recipe, model card."""
+        return save_sparse(self, Path(folder))
+
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Upload the saved form to the Hugging Face hub; returns its address. Needs a login."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api = HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def sparsify(
+    dense: Loaded,
+    recipe: SparseAttention | None = None,
+    *,
+    data: str | Path | Batches | None = None,
+    out: Path | str | None = None,
+    control: bool = False,
+    max_tokens: int | None = None,
+    pause_minutes: float | None = None,
+    watch: Callable[[Record], None] | None = None,
+) -> Sparse:
+    """Post-train a sparse copy of `dense`; `dense` itself is left alone.
+
+    `data` is a text file, folder or hub dataset (read with at most `max_tokens`), or any source of batches;
+    "addition" needs none. With `out`, the run checkpoints there, resumes from there, and its result is saved there.
+    With `control`, a dense control is trained after it: same data, same steps, no gates. Where `pause_minutes`
+    ends the piece early, the result is not `finished` and the same call goes on.
+    """
+    recipe = SparseAttention(steps=1000) if recipe is None else recipe
+    if not recipe.has_budget():
+        raise RecipeError("sparsify", "the recipe has no budget", "steps=, tokens= or minutes=")
+    batches = training_data(dense, recipe, data, max_tokens)
+    folder = Path(out) if out is not None else None
+    options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
+    result = post_train(dense, recipe, batches, folder=folder, **options)
+    sparse = Sparse(
+        loaded=dense.with_model(result.model.eval()),
+        dense=dense,
+        recipe=recipe,
+        records=result.records,
+        data=batches.describe(),
+        finished=result.finished,
+    )
+    check_sparse(sparse)
+    if control and result.finished:
+        beside = folder / "control" if folder is not None else None
+        twin = post_train(dense, recipe, batches, folder=beside, control=True, **options)
+        sparse = _with(sparse, control=dense.with_model(twin.model.eval()), finished=twin.finished)
+    if folder is not None:
+        sparse.save(folder)
+    return sparse
+
+
+def training_data(dense: Loaded, recipe: SparseAttention, data: Any, max_tokens: int | None = None) -> Batches:
+    """The source of batches that `data` names."""
+    if hasattr(data, "at"):
+        return data
+    if data is None and dense.name == "addition":
+        from fewedges.data.addition import Sums
+
+        return Sums(seed=recipe.seed)
+    if data is None:
+        raise RecipeError("sparsify", "no data", 'data="my_text/" (a file or folder of text), or the model "addition"')
+    from fewedges.data.text import read_text
+
+    return read_text(
+        data, dense.tokenizer, context_length=recipe.context_length, seed=recipe.seed, max_tokens=max_tokens
+    )
+
+
+def check_sparse(sparse: Sparse) -> dict[str, float]:
+    """Run the six probes on the sparse model (gates open where it is compared with plain attention)."""
+    run = GatePass()
+    tokens = torch.zeros((1, 4), dtype=torch.long, device=next(sparse.model.parameters()).device)
+    with torch.no_grad():
+        sparse.model(input_ids=tokens, gate_pass=run)
+    calls = len(run.open) if is_gated(sparse.model) else 0
+    return check(sparse.model, sparse.loaded.anatomy, options={"gate_pass": GatePass(open_all=True)}, calls=calls)
+
+
+def save_sparse(sparse: Sparse, folder: Path) -> Path:
+    """Save a Sparse as a folder; its control, if any, in `control/`."""
+    facts = {
+        "base": {"name": sparse.dense.name, "sha256": fingerprint(sparse.dense.model)},
+        "recipe": to_dict(sparse.recipe),
+        "data": sparse.data,
+        "finished": sparse.finished,
+        "seed": sparse.recipe.seed,
+        "versions": store.versions(),
+        "results": sparse.results,
+        "last_record": sparse.records[-1] if sparse.records else None,
+    }
+    gates = {"bias": gate_biases(sparse.model, sparse.loaded.anatomy)}
+    store.save(folder, KIND, {"weights": trained_weights(sparse.model), "gates": gates}, facts)
+    store.write_text(folder / "README.md", model_card(facts))
+    store.write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in sparse.records))
+    write_recipe(sparse.recipe, folder / "recipe.yaml")
+    if sparse.control is not None:
+        weights = {"weights": trained_weights(sparse.control.model)}
+        store.save(folder / "control", CONTROL, weights, {name: facts[name] for name in ("base", "recipe", "data")})
+    return folder
+
+
+def load_sparse(folder: Path | str, *, dtype: str = "float32", device: str = "cpu", probes: bool = True) -> Sparse:
+    """Load a saved Sparse with its dense base, verify both, and run the probes."""
+    folder = Path(folder)
+    saved = store.load(folder, KIND)
+    recipe = from_dict(saved.facts["recipe"])
+    base = saved.facts["base"]
+    dense = load_dense(base["name"], dtype=dtype, device=device, probes=False)
+    if dtype == "float32" and fingerprint(dense.model) != base["sha256"]:
+        found = f"the base model {base['name']} is not the one it was trained from (other weights)"
+        raise StoreError(f"load {folder}", found, f"the base with sha256 {base['sha256'][:16]}...")
+    student = make_student(dense, recipe)
+    _put_back(student, saved.tensors["weights"], folder)
+    _set_biases(student, dense, saved.tensors["gates"]["bias"], folder)
+    control = None
+    if store.is_stored(folder / "control"):
+        twin = make_student(dense, recipe, gates=False)
+        _put_back(twin, store.load(folder / "control", CONTROL).tensors["weights"], folder / "control")
+        control = dense.with_model(twin)
+    facts = {"data": saved.facts["data"], "finished": saved.facts["finished"], "results": saved.facts["results"]}
+    sparse = Sparse(
+        loaded=dense.with_model(student), dense=dense, control=control, recipe=recipe, records=_log(folder), **facts
+    )
+    if probes:
+        check_sparse(sparse)
+    return sparse
+
+
+def gates_only(dense: Loaded, bias: float) -> Sparse:
+    """A model whose weights were trained for gates elsewhere: attach constant gates `score + bias > 0`.
+
+    This is how a published checkpoint with gates `score > 0` (bias 0) is measured.
+    """
+    recipe = SparseAttention(bias="constant", bias_start=bias, steps=1)
+    student = attach_(make_student(dense, recipe, gates=False), dense.anatomy, bias_start=bias, learned=False)
+    return Sparse(loaded=dense.with_model(student), dense=dense, recipe=recipe)
+
+
+def _put_back(student: Any, weights: store.Tensors, folder: Path) -> None:
+    parameters = trained_weights(student)
+    if set(parameters) != set(weights):
+        odd = sorted(set(parameters) ^ set(weights))[0]
+        raise StoreError(f"load {folder}", f"its weights do not fit the recipe, first {odd}", "train again")
+    targets = trained(student)
+    with torch.no_grad():
+        for name, value in weights.items():
+            targets[name].copy_(value)
+
+
+def _set_biases(student: Any, dense: Loaded, bias: torch.Tensor, folder: Path) -> None:
+    wanted = (len(dense.anatomy.layers), dense.anatomy.heads)
+    if tuple(bias.shape) != wanted:
+        raise StoreError(f"load {folder}", f"gate biases {tuple(bias.shape)}, the base has {wanted}", "another base")
+    with torch.no_grad():
+        for module, row in zip(dense.anatomy.modules(student), bias, strict=True):
+            module.gate_bias.copy_(row)  # type: ignore[operator, union-attr]
+
+
+def _log(folder: Path) -> list[Record]:
+    path = folder / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except (ValueError, OSError) as error:
+        raise StoreError(f"load {folder}", f"log.jsonl cannot be read ({error})", "delete log.jsonl") from error
+
+
+def _with(sparse: Sparse, **changes: Any) -> Sparse:
+    import dataclasses
+
+    return dataclasses.replace(sparse, **changes)

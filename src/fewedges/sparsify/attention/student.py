@@ -1,0 +1,88 @@
+"""The model that is trained: a copy of the dense one, with gates, and with what may move set free.
+
+What stays frozen is shared with the dense model, not copied: LoRA on a 7B model keeps one copy of its weights.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewedges.errors import RecipeError
+from fewedges.model.anatomy import Anatomy, plain
+from fewedges.model.loading import Loaded
+from fewedges.recipes import SparseAttention
+from fewedges.sparsify.attention.interface import attach_
+
+GATE_BIAS = "gate_bias"
+
+
+def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) -> Any:
+    """Copy the dense model, attach gates (unless this is the control), and free what the recipe trains."""
+    _check_weights(recipe, dense.anatomy)
+    moving = _moving(dense, recipe)
+    student = _copy_sharing(dense.model, frozen=[p for n, p in dense.model.named_parameters() if n not in moving])
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in moving)
+    if gates:
+        attach_(student, dense.anatomy, bias_start=recipe.bias_start, learned=recipe.bias == "learned")
+    return _with_adapters(student, recipe) if recipe.train == "lora" else student
+
+
+def trained(model: Any) -> dict[str, nn.Parameter]:
+    """Everything that moves, by name: weights or adapters, and learned gate biases."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """What moves without the gate biases: what has to be saved beside the base model."""
+    return {name: p.detach() for name, p in trained(model).items() if not name.endswith(GATE_BIAS)}
+
+
+def _moving(dense: Loaded, recipe: SparseAttention) -> set[str]:
+    names = {name for name, _ in dense.model.named_parameters()}
+    if recipe.train == "full":
+        return names
+    if recipe.train == "lora":
+        return set()
+    matrices = [path for layer in dense.anatomy.layers for path in (*layer.readers, *layer.writers)]
+    return {name for name in names if any(name.startswith(f"{path}.") for path in matrices)}
+
+
+def _copy_sharing(model: nn.Module, frozen: list[nn.Parameter]) -> Any:
+    """A deep copy in which the frozen parameters are the very same tensors."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen})
+
+
+def _with_adapters(student: Any, recipe: SparseAttention) -> Any:
+    """LoRA through peft on every linear layer but the output; gate biases stay free."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("train=lora", "the peft package is missing", "pip install 'fewedges[peft]'") from error
+    from transformers.pytorch_utils import Conv1D
+
+    learned = [name for name in trained(student) if name.endswith(GATE_BIAS)]
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in student.modules()),
+    )
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    wrapped = get_peft_model(student, config)
+    torch.set_rng_state(generator_state)
+    parameters = dict(plain(wrapped).named_parameters())
+    for name in learned:
+        parameters[name].requires_grad_(True)
+    return wrapped.eval()
+
+
+def _check_weights(recipe: SparseAttention, anatomy: Anatomy) -> None:
+    for name, wanted in (("layer_weights", len(anatomy.layers)), ("head_weights", anatomy.heads)):
+        given = len(getattr(recipe, name))
+        if given not in (0, wanted):
+            raise RecipeError(f"recipe field {name}", f"{given} numbers", f"{wanted}, one for each, or none")
