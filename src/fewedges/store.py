@@ -44,7 +44,14 @@ def save(folder: Path | str, kind: str, tensors: dict[str, Tensors], facts: dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = dict(_write_tensors(folder, stem, named) for stem, named in tensors.items())
-        manifest = {"format": FORMAT, "version": VERSION, "kind": kind, "created": _now(), "files": files, "facts": facts}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": kind,
+            "created": _now(),
+            "files": files,
+            "facts": facts,
+        }
         manifest["checksum"] = _checksum(manifest)
         _replace(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     except (OSError, ValueError) as error:
@@ -59,7 +66,11 @@ def load(folder: Path | str, kind: str | None = None) -> Stored:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if kind is not None and manifest["kind"] != kind:
-        raise _damaged(folder, f"it holds {manifest['kind']!r}, not {kind!r}", "the folder that `fewedges` wrote for this")
+        raise _damaged(
+            folder,
+            f"it holds {manifest['kind']!r}, not {kind!r}",
+            "the folder that `fewedges` wrote for this",
+        )
     tensors = {name.rpartition("-")[0]: _read_tensors(folder, name, facts) for name, facts in manifest["files"].items()}
     return Stored(manifest["kind"], manifest["facts"], tensors)
 

@@ -34,7 +34,7 @@ def test_contrast_of_black_and_white_is_21():
 
 
 @pytest.mark.stays
-@pytest.mark.parametrize("theme", THEMES.values(), ids=str)
+@pytest.mark.parametrize("theme", THEMES.values(), ids=list(THEMES))
 def test_text_and_lines_can_be_read(theme):
     assert contrast(theme.ink, theme.paper) > 12
     assert contrast(theme.muted, theme.paper) > 5
@@ -43,7 +43,7 @@ def test_text_and_lines_can_be_read(theme):
 
 
 @pytest.mark.stays
-@pytest.mark.parametrize("theme", THEMES.values(), ids=str)
+@pytest.mark.parametrize("theme", THEMES.values(), ids=list(THEMES))
 def test_more_weight_is_more_contrast_even_in_grey(theme):
     shades = [contrast(colour[:3], theme.paper) for colour in theme.weight_colours(np.linspace(0, 1, 50))]
     assert np.all(np.diff(shades) > 0)
@@ -67,6 +67,18 @@ def test_a_theme_fills_the_background(tmp_path):
         corner = imread(path)[0, 0]
         np.testing.assert_allclose(corner[:3], to_rgb(theme.paper), atol=1 / 255)
         assert corner[3:].tolist() in ([], [1.0])
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("theme", THEMES.values(), ids=list(THEMES))
+def test_late_born_ticks_wear_the_theme(tmp_path, theme):
+    figure = training_curve(LOG, theme=theme.name)
+    save(figure, tmp_path / "curve", "svg")
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = [tick for axis in both for tick in axis.get_major_ticks()]
+    assert len(ticks) > 10
+    assert {(tick.label1.get_color(), tick.label1.get_fontsize()) for tick in ticks} == {(theme.ink, 7.0)}
+    assert {tick.tick1line.get_color() for tick in ticks} == {theme.muted}
 
 
 @pytest.mark.reproduces

@@ -90,9 +90,7 @@ class Sums:
     def at(self, step: int, size: int) -> Batch:
         """Return batch number `step` of `size` problems; each epoch reads every problem once."""
         if step < 0 or size < 1:
-            raise DataError(
-                "a batch of sums", f"step {step}, size {size}", "step 0 or more and size 1 or more"
-            )
+            raise DataError("a batch of sums", f"step {step}, size {size}", "step 0 or more and size 1 or more")
         place = torch.arange(step * size, (step + 1) * size)
         epochs = place // len(self.tokens)  # a batch may reach over the end of an epoch
         parts = [self._order(e)[place[epochs == e] % len(self.tokens)] for e in epochs.unique().tolist()]

@@ -59,7 +59,12 @@ class Text:
 
     def describe(self) -> dict[str, Any]:
         """Name, tokens, sha256 of what is read."""
-        return {"name": self.name, "tokens": len(self.stream), "context_length": self.context_length, **self.facts}
+        return {
+            "name": self.name,
+            "tokens": len(self.stream),
+            "context_length": self.context_length,
+            **self.facts,
+        }
 
     def _window(self, position: int) -> int:
         epoch, place = divmod(position, self.windows)
@@ -90,7 +95,9 @@ def read_text(
     return Text(str(source), stream, context_length, seed, facts)
 
 
-def token_stream(source: str | Path, tokenizer: Any, max_tokens: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def token_stream(
+    source: str | Path, tokenizer: Any, max_tokens: int | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
     """The token ids of a source (N,), from the cache when they are there, and the sha256 of what was read."""
     path = Path(source)
     local = path.exists()

@@ -1,7 +1,7 @@
 """The attention maps of all heads at a glance, dense beside sparse.
 
 A block per panel; in it a row per layer (bottom to top, as in the connectivity picture), a column per head.
-In a map, queries run down and keys run right. One image per block: 540 axes would take minutes.
+In a map, queries run down and keys run right. A block is one image.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from fewedges.draw.panel import Panel, comparable
 from fewedges.draw.text import draw_heading, heading, heading_height, text_width
-from fewedges.draw.theme import GAMMA, KEY_WEIGHTS, ONE_COLUMN, SMALL, TWO_COLUMNS, Theme, settle, styled
+from fewedges.draw.theme import GAMMA, KEY_WEIGHTS, ONE_COLUMN, SMALL, TWO_COLUMNS, Theme, axes_at, inches, styled
 from fewedges.errors import DataError
 
 FINEST = 0.012  # inches: a smaller cell cannot be seen in print
@@ -42,10 +42,10 @@ def heads(panels: Sequence[Panel], *, layers: Sequence[int] | None = None, theme
         for index, panel in enumerate(panels):
             draw_block(figure, panel, plan, look, index)
             label_block(figure, panel, plan, look, index)
-        place = {"transform": figure.dpi_scale_trans, "ha": "center", "va": "center"}
+        place = {"ha": "center", "va": "center", **inches(figure)}
         figure.text(0.11, BELOW + plan.block_height / 2, "Layer", rotation=90, **place)
         draw_key(figure, plan, look)
-        return settle(figure)
+        return figure
 
 
 def chosen_layers(panels: list[Panel], layers: Sequence[int] | None) -> list[int]:
@@ -117,8 +117,7 @@ def arrange(panels: list[Panel], layers: list[int]) -> Plan:
 
 def draw_block(figure: Figure, panel: Panel, plan: Plan, look: Theme, index: int) -> None:
     """Draw the maps of one panel as one image."""
-    box = np.array([plan.left(index), BELOW, plan.block_width, plan.block_height])
-    axes = figure.add_axes(box / [plan.width, plan.height, plan.width, plan.height])
+    axes = axes_at(figure, plan.left(index), BELOW, plan.block_width, plan.block_height)
     axes.set_axis_off()
     image = mosaic(panel.weights[plan.layers], panel.open[plan.layers], look, plan.block)
     axes.imshow(image, aspect="auto", interpolation="none").set_gid(f"heads-{index}")
@@ -159,7 +158,7 @@ def pooled(maps: np.ndarray, block: int) -> np.ndarray:
 
 def label_block(figure: Figure, panel: Panel, plan: Plan, look: Theme, index: int) -> None:
     """Number layers and heads, write title and caption above."""
-    place = {"transform": figure.dpi_scale_trans, "parse_math": False}
+    place = inches(figure)
     small = {"size": SMALL, "color": look.muted, **place}
     left, top = plan.left(index), BELOW + plan.block_height
     step = 1 if plan.cell > 0.12 else 5
@@ -175,23 +174,22 @@ def label_block(figure: Figure, panel: Panel, plan: Plan, look: Theme, index: in
 
 def draw_key(figure: Figure, plan: Plan, look: Theme) -> None:
     """Draw the colour bar of weights and the two greys at the bottom."""
-    place = {"transform": figure.dpi_scale_trans, "va": "center"}
-    x, y, high = max(0.08, plan.width / 2 - 1.7), 0.21, 0.09
+    place = {"va": "center", **inches(figure)}
     name = "attention weight" if plan.block == 1 else f"largest weight in {plan.block}×{plan.block}"
+    greys = (("closed gate", look.void), ("closed head", look.closed))
+    high, texts = 0.09, sum(text_width(text, SMALL) for text in (name, *dict(greys)))
+    x, y = (plan.width - texts - 1.4) / 2, 0.21  # 1.4: bar, swatches and spaces
     figure.text(x, y + high / 2, name, size=SMALL, color=look.muted, **place)
     x += text_width(name, SMALL) + 0.08
-    box = np.array([x, y, 1.0, high]) / [plan.width, plan.height, plan.width, plan.height]
-    bar = figure.add_axes(box)
+    bar = axes_at(figure, x, y, 0.85, high)
     shades = ScalarMappable(norm=PowerNorm(GAMMA, 0, 1), cmap=look.colours)
     figure.colorbar(shades, cax=bar, orientation="horizontal", ticks=[0, *KEY_WEIGHTS[1:]])
     bar.set_xticks([0, *KEY_WEIGHTS[1:]], [f"{weight:g}" for weight in (0, *KEY_WEIGHTS[1:])])
     bar.tick_params(labelsize=SMALL, labelcolor=look.muted, length=2, pad=1.5)
     bar.minorticks_off()
-    x += 1.12
-    for name, colour in (("closed gate", look.void), ("closed head", look.closed)):
-        swatch = Rectangle(
-            (x, y), high, high, fc=colour, ec=look.faint, lw=0.4, transform=figure.dpi_scale_trans
-        )
+    x += 0.95
+    for name, colour in greys:
+        swatch = Rectangle((x, y), high, high, fc=colour, ec=look.faint, lw=0.4, **inches(figure))
         figure.add_artist(swatch)
         figure.text(x + high + 0.04, y + high / 2, name, size=SMALL, color=look.muted, **place)
         x += high + 0.12 + text_width(name, SMALL)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fewedges.draw.text import legible
-from fewedges.draw.theme import ONE_COLUMN, SMALL, TITLE, Theme, settle, styled
+from fewedges.draw.text import draw_title
+from fewedges.draw.theme import ONE_COLUMN, SMALL, Theme, axes_at, styled
 from fewedges.errors import DataError
 
 LEFT, RIGHT, BELOW, ABOVE = 0.6, 0.8, 0.4, 0.1  # inches around the axes; direct labels stand at the right
@@ -71,9 +71,7 @@ CURVES = (
             Line(key="control_cross_entropy", label="control", colour=1, dash="--", last=True),
         ),
     ),
-    Rows(
-        name="multiplier", needs="multiplier", log=True, lines=(Line(key="multiplier", label="", last=True),)
-    ),
+    Rows(name="multiplier", needs="multiplier", log=True, lines=(Line(key="multiplier", label="", last=True),)),
 )
 
 
@@ -97,13 +95,11 @@ def training_curve(records: Sequence[Mapping[str, Any]], *, title: str = "", the
         figure = Figure(figsize=(ONE_COLUMN, height))
         for index, row in enumerate(rows):
             bottom = height - above - HIGH - index * (HIGH + GAP)
-            box = np.array([LEFT, bottom, ONE_COLUMN - LEFT - RIGHT, HIGH])
-            axes = figure.add_axes(box / [ONE_COLUMN, height, ONE_COLUMN, height])
+            axes = axes_at(figure, LEFT, bottom, ONE_COLUMN - LEFT - RIGHT, HIGH)
             draw_row(axes, row, columns, look)
             dress(axes, columns["step"], last=index == len(rows) - 1)
-        place = {"transform": figure.dpi_scale_trans, "parse_math": False}
-        figure.text(LEFT, height - 0.06, legible(title), size=TITLE, va="top", **place)
-        return settle(figure)
+        draw_title(figure, title, LEFT, "left")
+        return figure
 
 
 def tabulate(records: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, "N"]]:
@@ -115,9 +111,7 @@ def tabulate(records: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray
     for index, record in enumerate(records):
         step = number(record.get("step"))
         if np.isnan(step):
-            raise DataError(
-                f"record {index}", f"step={record.get('step')!r}", "a number under 'step' in every record"
-            )
+            raise DataError(f"record {index}", f"step={record.get('step')!r}", "a number under 'step' in every record")
         by_step[step] = record
     steps = sorted(by_step)
     keys = [line.key for row in CURVES for line in row.lines]
@@ -150,7 +144,7 @@ def draw_row(axes: Axes, row: Rows, columns: Mapping[str, np.ndarray], look: The
     if row.log:
         scale_log(axes)
     x = (0.05 - LEFT) / (ONE_COLUMN - LEFT - RIGHT)
-    place = {"transform": axes.transAxes, "ha": "left", "va": "center", "multialignment": "center"}
+    place: dict[str, Any] = {"transform": axes.transAxes, "ha": "left", "va": "center", "multialignment": "center"}
     axes.text(x, 0.5, row.name, rotation=90, **place)
     label_ends(axes, labels, look)
 
@@ -179,16 +173,12 @@ def label_ends(axes: Axes, labels: list[tuple[float, Line]], look: Theme) -> Non
     """Write names and last values beside the right ends of the lines, apart where they would overlap."""
     axes.get_ylim()  # matplotlib settles the limits only when asked
     labels = sorted(labels, key=lambda label: label[0])
-    places = axes.transAxes.inverted().transform(
-        axes.transData.transform([(0, value) for value, _ in labels])
-    )
+    places = axes.transAxes.inverted().transform(axes.transData.transform([(0, value) for value, _ in labels]))
     heights = apart(places[:, 1], 1.25 * SMALL / 72 / HIGH)
     for height, (value, line) in zip(heights, labels, strict=True):
         text = f"{line.label} {value:.4g}".strip() if line.last else line.label
         colour = look.series[line.colour]
-        axes.text(
-            1.03, height, text, transform=axes.transAxes, size=SMALL, color=colour, va="center_baseline"
-        )
+        axes.text(1.03, height, text, transform=axes.transAxes, size=SMALL, color=colour, va="center_baseline")
 
 
 def apart(heights: Float[np.ndarray, "N"], least: float) -> Float[np.ndarray, "N"]:

@@ -56,31 +56,25 @@ def check_shapes(panel: Panel) -> None:
         raise DataError(asked, f"open has dtype {panel.open.dtype}", "a boolean array, such as gate > 0")
     strange = [token for token in panel.tokens if not isinstance(token, str)]
     if strange:
-        raise DataError(
-            asked, f"a token that is no text: {strange[0]!r}", "tokenizer.decode([id]) of each id"
-        )
+        raise DataError(asked, f"a token that is no text: {strange[0]!r}", "tokenizer.decode([id]) of each id")
 
 
 def check_values(panel: Panel) -> None:
     """Raise DataError unless gates are causal and weights are in [0, 1], and 0 where closed."""
     asked = f"Panel({panel.title!r})"
     if np.triu(panel.open, k=1).any():
-        raise DataError(
-            asked, "an open gate whose key comes after its query", "axes (layer, head, query, key)"
-        )
+        raise DataError(asked, "an open gate whose key comes after its query", "axes (layer, head, query, key)")
     weights = panel.weights[panel.open]
     if not np.all((weights >= 0) & (weights <= 1 + ROUNDING)):  # NaN fails too
         found = f"weights from {weights.min():.3g} to {weights.max():.3g} at open gates"
         raise DataError(asked, found, "attention weights in [0, 1], after the softmax")
     if np.any(panel.weights[~panel.open] != 0):
-        raise DataError(
-            asked, "a weight other than 0 at a closed gate", "weights after the gate: weights * open"
-        )
+        raise DataError(asked, "a weight other than 0 at a closed gate", "weights after the gate: weights * open")
 
 
 def comparable(panels: Sequence[Panel]) -> list[Panel]:
     """Return the panels as a list. DataError unless all show the same tokens, layers and heads."""
-    panels = [panels] if isinstance(panels, Panel) else list(panels)
+    panels = list(panels)
     if not panels:
         raise DataError("a picture of panels", "no panel", "at least one Panel")
     for panel in panels[1:]:

@@ -1,14 +1,14 @@
 """Words in a picture: tokens made visible, texts measured and broken to fit, the heading of a panel."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.textpath import text_to_path
 
 from fewedges.draw.panel import Panel
-from fewedges.draw.theme import CAPTION, FONT, TITLE, Theme
+from fewedges.draw.theme import CAPTION, FONT, TITLE, Theme, inches
 
 SPACES = str.maketrans({" ": "␣", "\n": "⏎", "\r": "↵", "\t": "⇥", "\xa0": "␣"})
 LEADING = 1.2 / 72  # inches from line to line per point of size
@@ -36,9 +36,12 @@ def heading_height(lines: list[Words]) -> float:
 def draw_heading(figure: Figure, lines: list[Words], middle: float, bottom: float, look: Theme) -> None:
     """Write a heading centred on `middle`, its last line standing on `bottom` (inches)."""
     for text, size, weight in reversed(lines):
-        style = {"size": size, "weight": weight, "color": look.ink if weight == "bold" else look.muted}
-        place = {"transform": figure.dpi_scale_trans, "ha": "center", "parse_math": False}
-        figure.text(middle, bottom, text, **style, **place)
+        style: dict[str, Any] = {
+            "size": size,
+            "weight": weight,
+            "color": look.ink if weight == "bold" else look.muted,
+        }
+        figure.text(middle, bottom, text, ha="center", parse_math=False, **style, **inches(figure))
         bottom += size * LEADING
 
 
@@ -64,6 +67,13 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Width in inches of one line of text at `size` points."""
     font = font_manager.FontProperties(family=FONT, size=size, weight=weight)
     return text_to_path.get_text_width_height_descent(text, font, False)[0] / 72
+
+
+def draw_title(figure: Figure, title: str, x: float, ha: str) -> None:
+    """Write the title of a whole picture at its top, `x` inches from the left."""
+    top = figure.get_size_inches()[1] - 0.06
+    style: dict[str, Any] = {"size": TITLE, "ha": ha, "va": "top", "parse_math": False}
+    figure.text(x, top, legible(title), **style, **inches(figure))
 
 
 def wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -20,9 +22,11 @@ from fewedges.errors import RecipeError
 ONE_COLUMN, TWO_COLUMNS = 3.4, 7.0  # inches: the widths of a two-column paper
 TITLE, BODY, CAPTION, SMALL = 8.0, 7.0, 6.5, 6.0  # points
 FONT = "DejaVu Sans"  # the one font that comes with matplotlib
+FAMILY: dict[Any, Any] = {"font.family": "sans-serif", "font.sans-serif": [FONT, "Verdana", "Arial"]}
+FILES: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fewedges", "pdf.fonttype": 42}
 GAMMA = 0.4  # ink = weight ** GAMMA: a weight of 0.05 must be told from 0
 KEY_WEIGHTS = (0.01, 0.1, 0.3, 1.0)  # the weights that a key shows
-METADATA = {"svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}}  # what may hold the time of day
+METADATA = {"svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}}  # no time of day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def styled(theme: str) -> Iterator[Theme]:
         yield THEMES[theme]
 
 
-def settings(theme: Theme) -> dict:
+def settings(theme: Theme) -> dict[Any, Any]:
     """The matplotlib settings of a theme."""
     ink = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
     sizes = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize")
@@ -101,15 +105,20 @@ def settings(theme: Theme) -> dict:
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
         **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.5),
-        "font.family": FONT,
+        **FAMILY,
         "figure.dpi": 100,
     }
 
 
-def settle(figure: Figure) -> Figure:
-    """Make matplotlib create what it creates late (ticks), while the style still holds."""
-    figure.draw_without_rendering()
-    return figure
+def inches(figure: Figure) -> dict[str, Any]:
+    """Keywords that place an artist in inches from the lower left corner."""
+    return {"transform": figure.dpi_scale_trans}
+
+
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Add axes at a place given in inches."""
+    wide, high = figure.get_size_inches()
+    return figure.add_axes((left / wide, bottom / high, width / wide, height / high))
 
 
 def save(figure: Figure, path_stem: str | Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
@@ -132,7 +141,7 @@ def write(figure: Figure, path: Path, name: str) -> Path:
     part = path.with_name(f".{path.name}.part")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fewedges", "pdf.fonttype": 42})
+        matplotlib.rcParams.update(FILES | FAMILY)
         try:
             figure.savefig(part, format=name, dpi=200, metadata=METADATA[name])
             os.replace(part, path)

@@ -76,7 +76,10 @@ def dense_attention(
 
 
 def attention_scores(
-    query: Float[Tensor, "B H Q E"], key: Float[Tensor, "B G K E"], scaling: float, softcap: float | None = None
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    scaling: float,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B H Q K"]:
     """Scale and softcap the scores, in at least float32."""
     scores = (query @ repeat_heads(key, query.shape[1]).transpose(-1, -2)) * scaling
@@ -84,9 +87,7 @@ def attention_scores(
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def attention_weights(
-    scores: Float[Tensor, "B H Q K"], allowed: Bool[Tensor, "#B 1 Q K"]
-) -> Float[Tensor, "B H Q K"]:
+def attention_weights(scores: Float[Tensor, "B H Q K"], allowed: Bool[Tensor, "#B 1 Q K"]) -> Float[Tensor, "B H Q K"]:
     """Softmax over the allowed keys; 0 everywhere in a row that allows none."""
     masked = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     return torch.softmax(masked, dim=-1) * allowed

@@ -60,7 +60,11 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     check_tokenizer(str(name), model, tokenizer)
     body = anatomy(model)
     return Loaded(
-        name=str(name), model=model, tokenizer=tokenizer, anatomy=body, probes=check(model, body) if probes else {}
+        name=str(name),
+        model=model,
+        tokenizer=tokenizer,
+        anatomy=body,
+        probes=check(model, body) if probes else {},
     )
 
 

@@ -27,7 +27,9 @@ LENGTH = 9
 Forward = Callable[..., Any]
 
 
-def check(model: Any, anatomy: Anatomy, *, options: dict[str, Any] | None = None, calls: int | None = None) -> dict[str, float]:
+def check(
+    model: Any, anatomy: Anatomy, *, options: dict[str, Any] | None = None, calls: int | None = None
+) -> dict[str, float]:
     """Run all probes; return what each measured (largest difference of logits), or raise ProbeError.
 
     `options` are passed to every forward pass (a gated model's way to open all gates). `calls` is the number of

@@ -1,4 +1,7 @@
-"""The fused kernel against gate.py, on the CPU through Triton's interpreter (bf16 is beyond it; see benchmarks/)."""
+"""The fused kernel against gate.py, on the CPU through Triton's interpreter.
+
+The interpreter cannot multiply bfloat16 matrices: benchmarks/attention.py checks those on a GPU.
+"""
 
 import sys
 
@@ -38,9 +41,7 @@ def inputs(batch, heads, groups, length, width, dtype=torch.float32):
     torch.manual_seed(length)
     query, key, value = (torch.randn(batch, length, h, width).to(dtype) for h in (heads, groups, groups))
     bias = torch.linspace(-2, 1, heads) if heads > 1 else torch.tensor([-0.5])
-    return [
-        x.requires_grad_() for x in (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias)
-    ]
+    return [x.requires_grad_() for x in (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias)]
 
 
 def with_gradients(attend, tensors):
@@ -79,14 +80,14 @@ GATINGS = [{"sample": True}, {"sample": False}, {"sample": False, "straight_thro
 @pytest.mark.parametrize("gating", GATINGS, ids=["sampled", "hard", "straight-through"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_matches_the_reference(shape, gating):
-    # Measured: 2.0e-7 (query and key gradients); a single gate decided otherwise would show as 1e-2.
+    # Measured: 2.6e-7 (query and bias gradients); a single gate decided otherwise would show as 1e-2.
     found = errors(inputs(*shape), **gating)
-    assert max(found.values()) < 6e-7, found
+    assert max(found.values()) < 8e-7, found
 
 
 @pytest.mark.matches
 def test_float16_matches_the_reference():
-    # Measured: 3.3e-4 (query gradient), the rounding of p, dS and of the results themselves.
+    # Measured: 3.8e-4 (query gradient), the rounding of p, dS and of the results themselves.
     found = errors(inputs(1, 2, 1, 70, 64, torch.float16))
     assert max(found.values()) < 1.2e-3, found
 
@@ -96,13 +97,11 @@ def test_float16_matches_the_reference():
 def test_tile_shapes_do_not_matter(monkeypatch, tiles):
     use(monkeypatch, tiles)
     found = errors(inputs(1, 2, 1, 70, 32))
-    assert max(found.values()) < 6e-7, found  # measured: 2.0e-7, as above
+    assert max(found.values()) < 6e-7, found  # measured: 1.9e-7
 
 
 @pytest.mark.matches
-@pytest.mark.parametrize(
-    "seed", [0, -5, 2**31 - 1, 2**32 - 1, torch.tensor(12345, dtype=torch.int32)], ids=str
-)
+@pytest.mark.parametrize("seed", [0, -5, 2**31 - 1, 2**32 - 1, torch.tensor(12345, dtype=torch.int32)], ids=str)
 def test_every_gate_is_the_references(seed):
     """With q = 0 and one-hot values the output is gate / (i + 1): a picture of the noise cut at -bias."""
     length, bias = 32, torch.tensor([-3.0, -1.0, 0.0, 2.0])
@@ -119,8 +118,8 @@ def test_infinite_bias_is_the_dense_model_or_silence(sample):
     query, key, value, _ = inputs(1, 2, 2, 35, 32)
     dense = fused(query, key, value, torch.tensor([torch.inf, -torch.inf]), sample=sample)
     reference = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    # Measured: 6.0e-7 at most.
-    torch.testing.assert_close(dense.output[:, 0], reference[:, 0], atol=2e-6, rtol=0)
+    # Measured: 3.6e-7 at most.
+    torch.testing.assert_close(dense.output[:, 0], reference[:, 0], atol=1.2e-6, rtol=0)
     assert (dense.output[:, 1] == 0).all()
     assert (dense.expected == dense.open).all()
     assert (dense.open[:, 0] == torch.arange(1, 36)).all()
@@ -130,8 +129,8 @@ def test_infinite_bias_is_the_dense_model_or_silence(sample):
 def test_large_scores_stay_finite():
     query, key, value, bias = inputs(1, 2, 2, 35, 32)
     found = errors([(query.detach() * 300).requires_grad_(), key, value, bias])
-    # Measured: 1.2e-5 (query gradient): scores near 1000 leave float32 exponents good to 1e-4.
-    assert max(found.values()) < 4e-5, found
+    # Measured: 2.2e-5 (bias gradient): of scores near 1000, float32 keeps about 1e-4.
+    assert max(found.values()) < 8e-5, found
 
 
 @pytest.mark.reproduces

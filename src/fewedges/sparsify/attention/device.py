@@ -6,6 +6,9 @@ maxima go through tl.reduce, because tl.sum cannot be interpreted once triton wa
 TRITON_INTERPRET.
 """
 
+# pyright: reportArgumentType=false
+# (Triton declares the compile-time numbers that callers pass as plain ones.)
+
 import triton
 import triton.language as tl
 
@@ -36,8 +39,7 @@ def _sum(x, AXIS: tl.constexpr):
 def _reciprocal(x, NATIVE: tl.constexpr):
     """1 / x for normal x in one instruction; Triton's own division takes several."""
     if NATIVE:
-        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
-        y = tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         y = 1.0 / x
     return y

@@ -57,7 +57,7 @@ def gated_attention(
     *,
     scaling: float,
     softcap: float | None = None,
-    gating: Gating = Gating(),  # noqa: B008 (frozen)
+    gating: Gating = Gating(),
 ) -> Gated:
     """Attend through gates. `allowed` says which keys a query may see (causal, window, padding).
 
@@ -92,7 +92,9 @@ GOLDEN = 0x9E3779B9
 HASH_1, HASH_2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" multipliers (C. Wellons, 2018, public domain)
 
 
-def uniform_noise(seed: int | Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Float[Tensor, "B H Q K"]:
+def uniform_noise(
+    seed: int | Tensor, shape: tuple[int, int, int, int], device: torch.device
+) -> Float[Tensor, "B H Q K"]:
     """Uniform (0, 1) numbers with 23 bits, never 0 or 1, for entry (b, h, i, j) of `shape` = (B, H, Q, K).
 
     row = mix(mix(seed) ^ ((b * H + h) * Q + i)),   u = (mix(row + j * GOLDEN) >> 9 + 1/2) / 2^23,

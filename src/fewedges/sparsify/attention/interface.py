@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fewedges.errors import ModelError
 from fewedges.model.anatomy import Anatomy, plain
-from fewedges.model.attention import allowed_keys, register
+from fewedges.model.attention import allowed_keys, attention_scores, attention_weights, register
+from fewedges.model.capture import Maps, prompt_tokens
 from fewedges.sparsify.attention.gate import OPEN_BIAS, Gated, Gating, gated_attention
 
 GATED = "fewedges-gated"
@@ -111,10 +112,18 @@ def gated_forward(
     return result.output.transpose(1, 2).contiguous(), None
 
 
+def gated_maps(model: Any, tokenizer: Any, prompt: str) -> Maps:
+    """Attention weights and hard gates of a gated model on a prompt."""
+    ids, words = prompt_tokens(tokenizer, prompt, plain(model).device)
+    run = GatePass(keep_maps=True)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False, gate_pass=run)
+    weights, opened = zip(*(run.maps[layer] for layer in sorted(run.maps)), strict=True)
+    return Maps(words, torch.cat(weights).float().cpu().numpy(), torch.cat(opened).cpu().numpy())
+
+
 def _maps(query: Tensor, key: Tensor, bias: Tensor, allowed: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What hard gates let through: weights after the gate, and the gates, both (B, H, Q, K)."""
-    from fewedges.model.attention import attention_scores, attention_weights
-
     scores = attention_scores(query, key, **options)
     gate = (scores + bias[:, None, None] > 0) & allowed
     return (attention_weights(scores, allowed) * gate).detach(), gate
@@ -137,6 +146,5 @@ def _fused(
     if softcap is not None or key.shape[-2] != length or (window is not None and window < length):
         found = "this layer has a softcap, a cache or a sliding window shorter than the input"
         raise ModelError("kernel=triton", found, "kernel=reference")
-    return fused_gated_attention(
-        query, key, value, bias, gating.seed, scaling=scaling, sample=gating.sample
-    )
+    options: dict[str, Any] = {"sample": gating.sample, "straight_through": gating.straight_through}
+    return fused_gated_attention(query, key, value, bias, gating.seed, scaling=scaling, **options)

@@ -51,9 +51,9 @@ class Tiles(NamedTuple):
 
 TILES = {  # (padded head width, bytes per number), the first row that is wide enough
     (64, 2): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (128, 2): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (128, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
     (256, 2): Tiles(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
-    (64, 4): Tiles(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+    (64, 4): Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (256, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 
@@ -72,8 +72,8 @@ def fused_gated_attention(
     """Attend causally through gates; equals `gated_attention` with a causal `allowed` and the same seed.
 
     A `seed` tensor is read on the device: a new one neither recompiles nor waits. `scaling` is positive.
-    Under autocast the inputs are cast as torch's own attention casts them. `sample` and `straight_through` are
-    those of `Gating`. Raises ModelError for shapes, dtypes and devices that the kernel does not know.
+    Under autocast the inputs are cast as torch's own attention casts them. `sample` and `straight_through` as
+    in `Gating`. Raises ModelError for shapes, dtypes and devices that the kernel does not know.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -121,11 +121,12 @@ def _attend(query, key, value, bias, seed, scaling, sample, straight):
     query, key, value = _rows(query), _rows(key), _rows(value)
     results = _attend_shapes(query, key, value, bias, seed, scaling, sample, straight)
     tile = _tiles(query).forward
-    kernels.forward[_grid(query, query, tile.rows)](
-        query, key, value, bias.contiguous(), seed, *results,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
-        *_scalars(query, key), scaling * LOG2E, SAMPLE=sample, **_constants(query, tile),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        kernels.forward[_grid(query, query, tile.rows)](
+            query, key, value, bias.contiguous(), seed, *results,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
+            *_scalars(query, key), scaling * LOG2E, SAMPLE=sample, **_constants(query, tile),
+        )  # fmt: skip
     return results
 
 
@@ -141,9 +142,7 @@ def _attend_shapes(query, key, value, bias, seed, scaling, sample, straight):
     schema=f"(Tensor grad, Tensor grad_expected, {_SHARED}, Tensor output, Tensor log_total, float scaling, "
     "bool sample, bool straight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _pull_back(
-    grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight
-):
+def _pull_back(grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight):
     """Gradients of query, key, value, bias. `query_grad` runs first: it leaves D and half the hash."""
     kernels = _kernels(query.device)
     query, key, value, grad, output = (_rows(x) for x in (query, key, value, grad, output))
@@ -155,21 +154,22 @@ def _pull_back(
     inputs = (query, key, value, bias.contiguous(), seed, grad, grad_expected.contiguous(), log_total)
     strides = (s for x in (query, key, value, grad) for s in x.stride()[:3])
     shared = (*strides, *_scalars(query, key), scaling * LOG2E, scaling)
-    kernels.query_grad[_grid(query, query, for_rows.rows)](
-        *inputs, delta, row_hash, output, grad_query, grad_bias,
-        *output.stride()[:3], *grad_query.stride()[:3], *shared, SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_rows),
-    )  # fmt: skip
-    kernels.key_grad[_grid(query, key, for_keys.keys)](
-        *inputs, delta, row_hash, grad_key, grad_value,
-        *grad_key.stride()[:3], *grad_value.stride()[:3], *shared, SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_keys),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        kernels.query_grad[_grid(query, query, for_rows.rows)](
+            *inputs, delta, row_hash, output, grad_query, grad_bias,
+            *output.stride()[:3], *grad_query.stride()[:3], *shared,
+            SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_rows),
+        )  # fmt: skip
+        kernels.key_grad[_grid(query, key, for_keys.keys)](
+            *inputs, delta, row_hash, grad_key, grad_value,
+            *grad_key.stride()[:3], *grad_value.stride()[:3], *shared,
+            SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_keys),
+        )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_bias.sum((0, 2))
 
 
 @_pull_back.register_fake
-def _pull_back_shapes(
-    grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight
-):
+def _pull_back_shapes(grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight):
     return _heads_inside(query), _heads_inside(key), _heads_inside(value), torch.empty_like(bias)
 
 
@@ -224,6 +224,7 @@ def _constants(query: Tensor, tile: Tile) -> dict[str, Any]:
         "NATIVE": not _interpreted(),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # multiply-adds in one instruction: from Triton 3.10 on not the default
     }
 
 

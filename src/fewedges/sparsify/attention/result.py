@@ -17,7 +17,7 @@ from fewedges.model.probes import check
 from fewedges.recipes import SparseAttention, from_dict, to_dict, write_recipe
 from fewedges.sparsify.attention.card import model_card
 from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, is_gated
-from fewedges.sparsify.attention.student import make_student, trained, trained_weights
+from fewedges.sparsify.attention.student import make_student, put_back_, trained_weights
 from fewedges.sparsify.attention.training import Record, post_train
 
 KIND, CONTROL = "sparse-attention", "dense-control"
@@ -104,7 +104,7 @@ def sparsify(
     options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
     result = post_train(dense, recipe, batches, folder=folder, **options)
     sparse = Sparse(
-        loaded=dense.with_model(result.model.eval()),
+        loaded=dense.with_model(_on_base(dense, recipe, result.model)),
         dense=dense,
         recipe=recipe,
         records=result.records,
@@ -115,10 +115,22 @@ def sparsify(
     if control and result.finished:
         beside = folder / "control" if folder is not None else None
         twin = post_train(dense, recipe, batches, folder=beside, control=True, **options)
-        sparse = _with(sparse, control=dense.with_model(twin.model.eval()), finished=twin.finished)
+        sparse = _with(sparse, control=dense.with_model(_on_base(dense, recipe, twin.model)), finished=twin.finished)
     if folder is not None:
         sparse.save(folder)
     return sparse
+
+
+def _on_base(dense: Loaded, recipe: SparseAttention, student: Any) -> Any:
+    """The trained model on the base as it was given: a bf16 run trains on a bf16 copy of it."""
+    if next(student.parameters()).dtype == next(dense.model.parameters()).dtype:
+        return student
+    gates = is_gated(student)
+    model = make_student(dense, recipe, gates=gates)
+    put_back_(model, trained_weights(student))
+    if gates:
+        _set_biases(model, dense, gate_biases(student, dense.anatomy), Path("memory"))
+    return model
 
 
 def training_data(dense: Loaded, recipe: SparseAttention, data: Any, max_tokens: int | None = None) -> Batches:
@@ -161,14 +173,19 @@ def save_sparse(sparse: Sparse, folder: Path) -> Path:
         "last_record": sparse.records[-1] if sparse.records else None,
     }
     gates = {"bias": gate_biases(sparse.model, sparse.loaded.anatomy)}
-    store.save(folder, KIND, {"weights": trained_weights(sparse.model), "gates": gates}, facts)
+    store.save(folder, KIND, {"weights": _saved(sparse, sparse.model), "gates": gates}, facts)
     store.write_text(folder / "README.md", model_card(facts))
     store.write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in sparse.records))
     write_recipe(sparse.recipe, folder / "recipe.yaml")
     if sparse.control is not None:
-        weights = {"weights": trained_weights(sparse.control.model)}
+        weights = {"weights": _saved(sparse, sparse.control.model)}
         store.save(folder / "control", CONTROL, weights, {name: facts[name] for name in ("base", "recipe", "data")})
     return folder
+
+
+def _saved(sparse: Sparse, model: Any) -> store.Tensors:
+    dtype = getattr(torch, sparse.recipe.saved)
+    return {name: tensor.to(dtype) for name, tensor in trained_weights(model).items()}
 
 
 def load_sparse(folder: Path | str, *, dtype: str = "float32", device: str = "cpu", probes: bool = True) -> Sparse:
@@ -189,13 +206,40 @@ def load_sparse(folder: Path | str, *, dtype: str = "float32", device: str = "cp
         twin = make_student(dense, recipe, gates=False)
         _put_back(twin, store.load(folder / "control", CONTROL).tensors["weights"], folder / "control")
         control = dense.with_model(twin)
-    facts = {"data": saved.facts["data"], "finished": saved.facts["finished"], "results": saved.facts["results"]}
+    facts = {
+        "data": saved.facts["data"],
+        "finished": saved.facts["finished"],
+        "results": saved.facts["results"],
+    }
     sparse = Sparse(
-        loaded=dense.with_model(student), dense=dense, control=control, recipe=recipe, records=_log(folder), **facts
+        loaded=dense.with_model(student),
+        dense=dense,
+        control=control,
+        recipe=recipe,
+        records=_log(folder),
+        **facts,
     )
     if probes:
         check_sparse(sparse)
     return sparse
+
+
+def load(
+    name: Path | str,
+    *,
+    gate_bias: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    probes: bool = True,
+) -> Sparse | Loaded:
+    """Load a saved sparse model (a folder that `sparsify` wrote) or a dense one (hub id, folder, .gguf, built-in).
+
+    With `gate_bias`, the weights of a dense checkpoint are run through constant gates `score + gate_bias > 0`.
+    """
+    if store.is_stored(name):
+        return load_sparse(name, dtype=dtype, device=device, probes=probes)
+    dense = load_dense(name, dtype=dtype, device=device, probes=probes)
+    return dense if gate_bias is None else gates_only(dense, gate_bias)
 
 
 def gates_only(dense: Loaded, bias: float) -> Sparse:
@@ -209,14 +253,10 @@ def gates_only(dense: Loaded, bias: float) -> Sparse:
 
 
 def _put_back(student: Any, weights: store.Tensors, folder: Path) -> None:
-    parameters = trained_weights(student)
-    if set(parameters) != set(weights):
-        odd = sorted(set(parameters) ^ set(weights))[0]
-        raise StoreError(f"load {folder}", f"its weights do not fit the recipe, first {odd}", "train again")
-    targets = trained(student)
-    with torch.no_grad():
-        for name, value in weights.items():
-            targets[name].copy_(value)
+    try:
+        put_back_(student, weights)
+    except KeyError as error:
+        raise StoreError(f"load {folder}", f"its weights do not fit the recipe, first {error}", "train again") from error
 
 
 def _set_biases(student: Any, dense: Loaded, bias: torch.Tensor, folder: Path) -> None:

@@ -25,14 +25,33 @@ def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) 
     student = _copy_sharing(dense.model, frozen=[p for n, p in dense.model.named_parameters() if n not in moving])
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in moving)
+        parameter.data = parameter.data.float() if name in moving else parameter.data
     if gates:
         attach_(student, dense.anatomy, bias_start=recipe.bias_start, learned=recipe.bias == "learned")
     return _with_adapters(student, recipe) if recipe.train == "lora" else student
 
 
+def at_precision(dense: Loaded, recipe: SparseAttention) -> Loaded:
+    """The dense model as teacher and frozen base of a bf16 run: cast once, not in every forward pass."""
+    if recipe.precision == "fp32" or recipe.train == "full":
+        return dense
+    return dense.with_model(copy.deepcopy(dense.model).to(torch.bfloat16))
+
+
 def trained(model: Any) -> dict[str, nn.Parameter]:
     """Everything that moves, by name: weights or adapters, and learned gate biases."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def put_back_(model: Any, weights: dict[str, Tensor]) -> None:
+    """Copy saved weights into what moves, in place; a name too many or too few is a KeyError."""
+    targets = trained(model)
+    missing = {name for name in targets if not name.endswith(GATE_BIAS)} ^ set(weights)
+    if missing:
+        raise KeyError(sorted(missing)[0])
+    with torch.no_grad():
+        for name, value in weights.items():
+            targets[name].copy_(value)
 
 
 def trained_weights(model: Any) -> dict[str, Tensor]:
@@ -78,6 +97,9 @@ def _with_adapters(student: Any, recipe: SparseAttention) -> Any:
     parameters = dict(plain(wrapped).named_parameters())
     for name in learned:
         parameters[name].requires_grad_(True)
+    for module in wrapped.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):  # autocast does it, without a float32 copy of the input
+            module.cast_input_dtype_enabled = recipe.precision == "fp32"  # type: ignore[assignment]
     return wrapped.eval()
 
 

