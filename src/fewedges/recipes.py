@@ -6,6 +6,8 @@ field. `read_recipe` and `write_recipe` go through YAML; what was resolved is wr
 
 import dataclasses
 import math
+import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +112,10 @@ class SparseAttention:
         _check(self, "context_length", lambda x: x >= 2, "at least 2")
         _check(self, "smoothing", lambda x: 0 <= x < 1, "in [0, 1)")
         _check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
-        _check(self, "layer_weights head_weights adam_betas", lambda xs: all(x >= 0 for x in xs), "at least 0")
+        _check(self, "kl_margin seed", lambda x: x >= 0, "at least 0")
+        _check(self, "loss_margin bias_start", lambda x: True, "that is a finite number")
+        _check(self, "layer_weights head_weights", lambda xs: all(x >= 0 for x in xs), "at least 0")
+        _check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
         for name, choices in _choices(self):
             if getattr(self, name) not in choices:
                 raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
@@ -140,13 +145,21 @@ RECIPES: dict[str, type] = {"sparse-attention": SparseAttention}
 
 
 def _check(recipe: Any, names: str, holds: Any, wanted: str) -> None:
+    kinds = {f.name: f.type for f in dataclasses.fields(recipe)}
     for name in names.split():
-        value = getattr(recipe, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is None:
-            continue
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or not holds(value):
-            raise _bad(name, value, wanted)
+        value, kind = getattr(recipe, name), kinds[name]
+        if not _fits(value, kind) or (value is not None and not holds(value)):
+            raise _bad(name, value, f"{wanted}{', whole' if kind in (int, int | None) else ''}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of its field's kind: finite numbers only, whole ones where int is asked, None where allowed."""
+    if value is None:
+        return type(None) in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, float) for x in value)
+    numbers = int if kind in (int, int | None) else int | float
+    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _choices(recipe: Any) -> list[tuple[str, tuple[str, ...]]]:
@@ -166,12 +179,12 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> Any:
     """Make a recipe from plain data; an unknown name or field is an error that lists the known ones."""
-    kind = RECIPES.get(data.get("recipe", "sparse-attention"))
+    kind = RECIPES.get(str(data.get("recipe", "sparse-attention")))
     if kind is None:
         raise RecipeError("recipe", repr(data.get("recipe")), f"one of {', '.join(RECIPES)}")
     fields = {f.name for f in dataclasses.fields(kind)}
     given = {name: value for name, value in data.items() if name != "recipe"}
-    if unknown := sorted(set(given) - fields):
+    if unknown := sorted(map(str, set(given) - fields)):
         raise RecipeError(f"recipe field {unknown[0]}", "no such field", f"one of {', '.join(sorted(fields))}")
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
@@ -186,7 +199,14 @@ def read_recipe(path: Path | str) -> Any:
         raise RecipeError(f"recipe file {path}", str(error), "a YAML file like recipes/smollm2.yaml") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe file {path}", f"{type(data).__name__}, not a mapping", "lines of `field: value`")
-    return from_dict(data)
+    return from_dict({name: _number(value) for name, value in data.items()})
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (no dot) as text; nobody means that."""
+    if isinstance(value, list):
+        return [_number(x) for x in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
 def write_recipe(recipe: Any, path: Path | str) -> None:

@@ -84,7 +84,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, checked for format, version, checksum and safe file names."""
     try:
         raw = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
+        manifest = json.loads(raw, parse_constant=_no_constant)
+        checksum = _checksum(manifest) if isinstance(manifest, dict) else ""
     except FileNotFoundError as error:
         raise _damaged(folder, f"no {MANIFEST}", "the folder given as --out") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -94,12 +95,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         found = f"format version {manifest.get('version')!r}, this package reads {VERSION}"
         raise _damaged(folder, found, "a newer fewedges: pip install -U fewedges")
-    if manifest.get("checksum") != _checksum(manifest):
+    if manifest.get("checksum") != checksum:
         raise _damaged(folder, f"{MANIFEST} was changed after it was written")
-    for name in manifest["files"]:
+    _check_shape(folder, manifest)
+    return manifest
+
+
+def _check_shape(folder: Path, manifest: dict[str, Any]) -> None:
+    """A checksum proves that nothing changed, not that the writer was honest."""
+    kinds = {"kind": str, "facts": dict, "files": dict}
+    if wrong := next((name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)), None):
+        raise _damaged(folder, f"{MANIFEST} has no proper {wrong!r}")
+    for name, facts in manifest["files"].items():
         if not STORED_NAME.fullmatch(name):
             raise _damaged(folder, f"unsafe file name {name!r}")
-    return manifest
+        if not isinstance(facts, dict) or {"sha256", "bytes"} - set(facts):
+            raise _damaged(folder, f"{MANIFEST} has no checksum for {name}")
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number of json")
 
 
 def versions() -> dict[str, str]:
@@ -146,7 +161,7 @@ def _read_tensors(folder: Path, name: str, facts: dict[str, Any]) -> Tensors:
         raise _damaged(folder, f"{name} is not the file that was saved ({len(data)} of {facts['bytes']} bytes)")
     try:
         return from_bytes(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(folder, f"{name} is no safetensors file ({error})") from error
 
 

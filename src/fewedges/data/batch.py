@@ -1,7 +1,7 @@
 """What every source of training data gives: tokens, and which of them count in the loss."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -16,6 +16,7 @@ class Batch:
     """Column 0 is always False: nothing stands before it."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """A source of batches that is a pure function of (seed, step), so that a resumed run reads the same data."""
 

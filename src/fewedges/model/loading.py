@@ -1,5 +1,6 @@
 """Load a causal language model from a hub id, a folder, a `.gguf` file, `smollm2` or `addition`."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -137,10 +138,18 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except ImportError as error:
         raise ModelError(f"load {path}", "the gguf package is missing", "pip install 'fewedges[gguf]'") from error
     where = {"gguf_file": path.name}
-    model = _from_pretrained(str(path.parent), dtype, **where)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain floats now
+    model = _plain_copy(_from_pretrained(str(path.parent), dtype, **where), dtype)
     return model, _tokenizer(str(path.parent), **where)
+
+
+def _plain_copy(model: Any, dtype: torch.dtype) -> Any:
+    """The dequantised weights in an ordinary model: one that remembers gguf refuses to be saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config).to(dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def get_smollm2(*, force: bool = False) -> Path:

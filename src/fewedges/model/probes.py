@@ -146,7 +146,7 @@ def _with(model: Any, options: dict[str, Any]) -> Forward:
     return forward
 
 
-def _padded(forward: Forward, tokens: Int[Tensor, "1 T"], *, left: bool) -> Float[Tensor, "1 T V"]:
+def _padded(forward: Forward, tokens: Int[Tensor, "1 T"], *, left: bool) -> Float[Tensor, "1 T+3 V"]:
     """Logits of the prompt with three padding tokens before or after it."""
     pad, one = torch.zeros_like(tokens[:, :3]), torch.ones_like(tokens)
     order = (lambda real, fill: [fill, real]) if left else (lambda real, fill: [real, fill])

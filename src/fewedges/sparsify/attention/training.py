@@ -114,9 +114,8 @@ def post_train(
 def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path | None, *, gated: bool) -> Run:
     from accelerate import Accelerator
 
-    on_cpu = next(dense.model.parameters()).device.type == "cpu"
     dense = at_precision(dense, recipe)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", cpu=on_cpu)
+    accelerator = Accelerator(device_placement=False)  # one shared state a process: nothing of this run goes in
     student = make_student(dense, recipe, gates=gated)
     run = Run(
         recipe=recipe,
@@ -203,7 +202,7 @@ def _forward(run: Run, piece: Batch, part: int, total: int) -> tuple[Losses, Gat
         kernel=recipe.kernel,
     )
     options = {"gate_pass": gates} if run.gated else {}
-    with run.accelerator.autocast():
+    with torch.autocast(piece.tokens.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
         with torch.no_grad():
             dense = run.dense.model(input_ids=piece.tokens, use_cache=False).logits
         student = run.student(input_ids=piece.tokens, use_cache=False, **options).logits
