@@ -1,9 +1,9 @@
-"""Training throughput on random weights of SmolLM2-135M's shape: tokens/s by kernel and batch size.
+"""Training throughput on random weights of SmolLM2-135M's shape: tokens/s by kernel (graph: the fused kernel, steps replayed as a CUDA graph) and batch size.
 
     python scripts/throughput.py --device cuda --out results/throughput.json
 
 Protocol: 5 warm-up steps, then 15 timed ones one by one, host clock around synchronised steps, T = 512, LoRA
-rank 64, bf16, KL to the dense model included; median tokens/s.
+rank 32, bf16, KL to the dense model included; median tokens/s.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -63,21 +64,23 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--what", nargs="*", default=["reference:16", "triton:16", "triton:32", "triton:64"])
+    parser.add_argument("--what", nargs="*", default=["reference:16", "triton:16", "graph:16", "graph:32"])
     args = parser.parse_args()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": args.layers})
     model = transformers.LlamaForCausalLM(config).to(args.device).eval().requires_grad_(False)
     dense = Loaded(name="random", model=model, tokenizer=None, anatomy=anatomy(model))
-    base = SparseAttention(train="lora", learning_rate=1e-3, steps=args.steps, log_every=1, precision="bf16")
+    base = SparseAttention(train="lora", learning_rate=1e-3, lora_rank=32, steps=args.steps, log_every=1, precision="bf16")
     rows = []
     for what in args.what:
-        kernel, batch = what.split(":")
-        recipe = dataclasses.replace(base, kernel=kernel, batch_size=int(batch))
+        how, batch = what.split(":")
+        kernel = "triton" if how == "graph" else how
+        recipe = dataclasses.replace(base, kernel=kernel, graph=how == "graph", batch_size=int(batch))
         try:
-            rows.append({"kernel": kernel, "batch": int(batch), **throughput(dense, recipe)})
+            rows.append({"how": how, "batch": int(batch), **throughput(dense, recipe)})
         except Exception as error:
-            rows.append({"kernel": kernel, "batch": int(batch), "error": f"{type(error).__name__}: {error}"})
+            traceback.print_exc()
+            rows.append({"how": how, "batch": int(batch), "error": f"{type(error).__name__}: {error}"})
         print(rows[-1], flush=True)
     facts = {"device": store.device_name(args.device), "versions": store.versions()}
     args.out.write_text(json.dumps({"rows": rows, **facts}, indent=1))

@@ -124,3 +124,6 @@ def addition():
     import fewedges as fe
 
     return fe.load("addition", probes=False)
+
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it when a test first imports it

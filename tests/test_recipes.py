@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import math
 from pathlib import Path
 
@@ -31,6 +32,8 @@ OUT_OF_RANGE = {
     "multiplier_start": (0.0, -1.0, math.nan),
     "multiplier_rate": (0.0, math.inf),
     "multiplier_width": (0.0, -0.02),
+    "slack": (-0.1, math.nan, None),
+    "cooling": (1, "yes", None),
     "smoothing": (1.0, -0.1, 1.5, math.nan),
     "lora_rank": (0, -4, 2.5),
     "learning_rate": (0.0, -1e-4, "2e-4"),
@@ -47,6 +50,7 @@ OUT_OF_RANGE = {
     "tokens": (0, -1, 10.5),
     "minutes": (0.0, -1.0, math.nan),
     "seed": (-1, 0.5, None),
+    "graph": (1, "yes", None),
     "log_every": (0, -1),
     "checkpoint_every": (0, 2.5),
     **{name: ("neither", "", None, 1) for name in CHOICES},
@@ -62,7 +66,7 @@ def test_every_field_has_a_sentence_of_help_under_it():
     ]
     helped = {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
     assert set(helped) == set(FIELDS)
@@ -125,6 +129,8 @@ def test_values_at_the_edge_of_their_range_are_taken(edge):
         ({"batch_size": 16, "micro_batch": 5}, "micro_batch"),
         ({"batch_size": 4, "micro_batch": 8}, "micro_batch"),
         ({"sampling": "none", "kernel": "triton"}, "sampling=none"),
+        ({"graph": True}, "graph"),
+        ({"graph": True, "kernel": "triton", "micro_batch": 8}, "graph"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, named):
@@ -196,7 +202,9 @@ def test_plain_data_gives_back_the_same_recipe(settings):
 
 @pytest.mark.reproduces
 def test_yaml_round_trip_keeps_every_bit_and_names_every_field(tmp_path):
-    recipe = SparseAttention(learning_rate=1 / 3, layer_weights=(0.1, 2.0), loss_margin=None, steps=10**7, bias="constant")
+    recipe = SparseAttention(
+        learning_rate=1 / 3, layer_weights=(0.1, 2.0), loss_margin=None, steps=10**7, bias="constant"
+    )
     write_recipe(recipe, tmp_path / "r.yaml")
     assert read_recipe(tmp_path / "r.yaml") == recipe
     assert set(yaml.safe_load((tmp_path / "r.yaml").read_text())) == {"recipe", *FIELDS}
@@ -244,6 +252,8 @@ def test_a_missing_recipe_file_is_named(tmp_path):
 
 
 @pytest.mark.says
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_recipe_that_ships_can_be_read(file):
     assert isinstance(read_recipe(file), SparseAttention)

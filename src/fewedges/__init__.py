@@ -34,6 +34,7 @@ _HOME = {
     "Protocol": "measure.quality",
     "attention": "measure.attention",
     "Panel": "draw",
+    "panels": "draw",
     "connectivity": "draw",
     "heads": "draw",
     "training_curve": "draw",

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def make_callable_(package: str, module: str, verb: str) -> None:
-    """Make the package call `verb` of its submodule; needed since Python binds a subpackage over a same-named function."""
+    """Make the package call `verb` of its submodule: Python binds a subpackage over a function of the same name."""
 
     class Verb(ModuleType):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ by a signal with the state saved. No traceback unless --debug.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fewedges.errors import FewedgesError, Interrupted, RecipeError
-from fewedges.recipes import SparseAttention, read_recipe, to_dict, write_recipe
+from fewedges.recipes import SparseAttention, read_recipe, to_dict
 
 Model = Annotated[str, tyro.conf.Positional]
 Settings = Annotated[SparseAttention, tyro.conf.arg(name="")]
@@ -120,8 +121,6 @@ def sparsify(
         "max_tokens": max_tokens,
         "pause_minutes": pause_minutes,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_recipe(settings, out / "recipe.yaml")
     with _progress(quiet=json) as watch:
         sparse = result.sparsify(dense, settings, data=data, watch=watch, **options)
     pictures = _curve(sparse.records, dense, settings, out)
@@ -225,6 +224,8 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not sys.stderr.isatty():  # read when transformers is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app = {**VERBS, "sparsify": _with_recipe(words)} if words[:1] == ["sparsify"] else VERBS
         tyro.extras.subcommand_cli_from_dict(app, prog="fewedges", description=DESCRIPTION, args=words)

@@ -94,17 +94,17 @@ def _summary(report: Any, seconds: float, files: list[Path]) -> dict[str, Any]:
 
 def _story(summary: dict[str, Any], out: Path) -> str:
     dense, sparse = summary["dense"], summary["sparse"]
-    fewer = dense["edges_per_query_per_head"] / max(sparse["edges_per_query_per_head"], 1e-9)
+    many, few = dense["edges_per_query_per_head"], sparse["edges_per_query_per_head"]
     return f"""
 What you are looking at
   A small transformer (4 layers of 4 attention heads) that adds two-digit numbers: 29+19=048.
-  In a dense model every token reads every earlier token in every head: {dense["edges_per_query_per_head"]:.2f} attention
+  In a dense model every token reads every earlier token in every head: {many:.2f} attention
   edges per query per head. After post-training, a gate cuts every edge whose score is not above 0,
   and what is left is what the model needs.
 
                                 dense      sparse
   sums right (2,000 unseen)   {dense["accuracy"]:7.2%}     {sparse["accuracy"]:7.2%}
-  edges per query per head    {dense["edges_per_query_per_head"]:7.3f}     {sparse["edges_per_query_per_head"]:7.3f}    ({fewer:.0f} times fewer)
+  edges per query per head    {many:7.3f}     {few:7.3f}    ({many / max(few, 1e-9):.0f} times fewer)
   of the causal triangle      {dense["density"]:7.2%}     {sparse["density"]:7.2%}
 
 Pictures in {out}

@@ -27,6 +27,10 @@ class SparseAttention:
     """Constraint: KL(dense || sparse) in nats per token may reach this. None: not constrained."""
     loss_margin: float | None = 0.0
     """Constraint: cross-entropy may exceed the dense model's by this, nats per token. None: not constrained."""
+    slack: float = 0.0
+    """Extra margin at full learning rate, falling with it to 0: room for the noise of large steps, nats per token."""
+    cooling: bool = False
+    """Let the price of an edge fall with the learning rate: no gate closes when its loss can no longer be repaired."""
     kl_weight: float = 1.0
     """Weight of the KL divergence to the dense model in the objective."""
     loss_weight: float = 0.1
@@ -94,6 +98,8 @@ class SparseAttention:
     """Number format of the trained weights on disk (what is loaded back is what was saved)."""
     kernel: Literal["reference", "triton"] = "reference"
     """Who computes gated attention: plain PyTorch, or the fused kernel (GPU)."""
+    graph: bool = False
+    """Replay each step as one CUDA graph (kernel=triton on a GPU, no micro-batches): many small kernels, one launch."""
     seed: int = 0
     """Seed of data order, gate noise and adapters."""
     log_every: int = 10
@@ -102,7 +108,7 @@ class SparseAttention:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = "kl_weight loss_weight weight_decay warmup_steps anneal_steps anneal_from"
+        positive = "slack kl_weight loss_weight weight_decay warmup_steps anneal_steps anneal_from"
         _check(self, positive, lambda x: x >= 0, "at least 0")
         strictly = (
             "multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "
@@ -114,6 +120,7 @@ class SparseAttention:
         _check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
         _check(self, "kl_margin seed", lambda x: x >= 0, "at least 0")
         _check(self, "loss_margin bias_start", lambda x: True, "that is a finite number")
+        _check(self, "graph", lambda x: True, "true or false")
         _check(self, "layer_weights head_weights", lambda xs: all(x >= 0 for x in xs), "at least 0")
         _check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
         for name, choices in _choices(self):
@@ -128,6 +135,10 @@ class SparseAttention:
             raise RecipeError("kl_weight and loss_weight", "both are 0, so nothing is learned", "kl_weight=1")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise _bad("micro_batch", self.micro_batch, f"a divisor of batch_size {self.batch_size}")
+        if self.graph and (self.kernel != "triton" or self.micro_batch not in (None, self.batch_size)):
+            raise RecipeError(
+                "graph", f"kernel={self.kernel}, micro_batch={self.micro_batch}", "kernel=triton, no micro_batch"
+            )
         if self.sampling == "none" and self.kernel == "triton":
             raise RecipeError("sampling=none", "the fused kernel only samples", "kernel=reference")
 
@@ -153,11 +164,13 @@ def _check(recipe: Any, names: str, holds: Any, wanted: str) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of its field's kind: finite numbers only, whole ones where int is asked, None where allowed."""
+    """Whether a value is of its field's kind: finite, whole where int is asked, None where allowed."""
     if value is None:
         return type(None) in typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(x, float) for x in value)
+    if kind is bool:
+        return isinstance(value, bool)
     numbers = int if kind in (int, int | None) else int | float
     return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
 

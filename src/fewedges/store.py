@@ -25,6 +25,8 @@ from fewedges.errors import StoreError
 FORMAT, VERSION = "fewedges", 1
 MANIFEST = "manifest.json"
 STORED_NAME = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{12}\.safetensors")
+LEFT_BEHIND = re.compile(r"\.([A-Za-z0-9_]+-[0-9a-f]{12}\.safetensors|manifest\.json)\.[0-9]+")
+"""What a process killed in the middle of a save leaves: the next save removes it."""
 
 Tensors = dict[str, Tensor]
 
@@ -56,8 +58,9 @@ def save(folder: Path | str, kind: str, tensors: dict[str, Tensors], facts: dict
         _replace(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     except (OSError, ValueError) as error:
         raise StoreError(f"save {folder}", str(error), "a folder that can be written, with room on its disk") from error
-    for stale in folder.glob("*.safetensors"):
-        if STORED_NAME.fullmatch(stale.name) and stale.name not in files:
+    for stale in folder.iterdir():
+        old = STORED_NAME.fullmatch(stale.name) and stale.name not in files
+        if old or LEFT_BEHIND.fullmatch(stale.name):
             stale.unlink(missing_ok=True)
 
 

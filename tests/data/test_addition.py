@@ -170,9 +170,7 @@ def test_exact_match_is_that_of_decoding_greedily():
     ids = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ids, initializer_range=1.0)).eval()
     prompts = problems()[::101, :7]
-    written = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, do_sample=False
-    )
+    written = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, do_sample=False)
     assert exact_match(model, written) == 1.0  # what it writes is what it would write
     wrong = written.clone()
     wrong[: len(wrong) // 2, 7] = (wrong[: len(wrong) // 2, 7] + 1) % 13

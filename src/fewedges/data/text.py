@@ -8,6 +8,7 @@ belong to step s is a pure function of (seed, s): a permutation per epoch. Docum
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -110,7 +111,7 @@ def token_stream(
     if not cached.exists():
         pieces = _read_pieces(path) if local else _stream_pieces(str(source))
         _save_tokens(cached, _tokenise(pieces, tokenizer, max_tokens, str(source)))
-    return np.load(cached, mmap_mode="r", allow_pickle=False), {"sha256": digest, "max_tokens": max_tokens}
+    return _load_tokens(cached), {"sha256": digest, "max_tokens": max_tokens}
 
 
 def _tokenise(pieces: Iterator[str], tokenizer: Any, limit: int | None, source: str) -> np.ndarray:
@@ -121,7 +122,7 @@ def _tokenise(pieces: Iterator[str], tokenizer: Any, limit: int | None, source: 
     parts: list[np.ndarray] = []
     count = 0
     while documents := list(islice(pieces, 256)):
-        for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in _ids(documents, tokenizer, source):
             closed = ids if separator is None else [*ids, separator]
             parts.append(np.asarray(closed, dtype=kind))
             count += len(closed)
@@ -132,11 +133,26 @@ def _tokenise(pieces: Iterator[str], tokenizer: Any, limit: int | None, source: 
     return np.concatenate(parts)[:limit]
 
 
+def _ids(documents: list[str], tokenizer: Any, source: str) -> list[list[int]]:
+    try:
+        return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # the tokenizers package raises Exception itself
+        found = f"the tokenizer cannot write it as tokens ({error})"
+        raise DataError(f"text {source}", found, "text in the characters this model knows") from error
+
+
 def _save_tokens(path: Path, ids: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".part.npy")
     np.save(fresh, ids)
     fresh.replace(path)
+
+
+def _load_tokens(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"tokens {path}", f"it is damaged ({error})", "delete it, it will be made again") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -153,7 +169,7 @@ def _read_pieces(path: Path) -> Iterator[str]:
     for file in _files(path):
         try:
             yield from _documents(file)
-        except (UnicodeDecodeError, OSError, lzma.LZMAError, EOFError) as error:
+        except (UnicodeDecodeError, OSError, lzma.LZMAError, zlib.error, EOFError) as error:
             raise DataError(f"text {file}", f"{type(error).__name__}: {error}", "a UTF-8 text file") from error
 
 
@@ -178,9 +194,12 @@ def _documents(file: Path) -> Iterator[str]:
 
 def _json_text(file: Path, number: int, line: str) -> str:
     try:
-        return json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"text {file} line {number}", "no json object with a text field", '{"text": "..."}') from error
+        found = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise DataError(f"text {file} line {number}", "no json object with a text field", '{"text": "..."}')
+    return found
 
 
 def _open(file: Path) -> Any:
@@ -211,5 +230,9 @@ def _digest(files: list[Path]) -> str:
 
 
 def _tokenizer_key(tokenizer: Any) -> str:
-    words = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    """sha256 of all that decides ids: vocabulary, separator, and the rules (merges, normalizer, pre-tokenizer)."""
+    known: dict[str, Any] = {"words": sorted(tokenizer.get_vocab().items()), "end": tokenizer.eos_token_id}
+    if hasattr(tokenizer, "backend_tokenizer"):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        known |= {name: rules[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()

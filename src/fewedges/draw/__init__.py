@@ -7,7 +7,7 @@ save(figure, "runs/addition/connectivity")  # .svg and .png
 from fewedges.draw.connectivity import connectivity
 from fewedges.draw.heads import heads
 from fewedges.draw.lines import training_curve
-from fewedges.draw.panel import Panel
+from fewedges.draw.panel import Panel, panels
 from fewedges.draw.theme import THEMES, Theme, save
 
-__all__ = ["THEMES", "Panel", "Theme", "connectivity", "heads", "save", "training_curve"]
+__all__ = ["THEMES", "Panel", "Theme", "connectivity", "heads", "panels", "save", "training_curve"]

@@ -1,7 +1,8 @@
 """What a picture of attention shows: the weights and open gates of one model on one prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -41,6 +42,15 @@ class Panel:
     def edges(self) -> int:
         """The number of attention edges: open gates over all layers and heads."""
         return int(self.open.sum())
+
+
+def panels(maps: Mapping[str, Any]) -> list[Panel]:
+    """Return a panel for each model: `maps` is what `fewedges.attention` gives, label -> (tokens, weights, open)."""
+    shown = []
+    for label, (tokens, weights, opened) in maps.items():
+        caption = f"{opened.sum(-1).mean():.2f} edges per query per head"
+        shown.append(Panel(title=label, tokens=tokens, weights=weights, open=opened, caption=caption))
+    return shown
 
 
 def check_shapes(panel: Panel) -> None:

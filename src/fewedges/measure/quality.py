@@ -42,9 +42,15 @@ class Protocol:
     """fp32 or bf16 arithmetic."""
 
     def __post_init__(self) -> None:
-        if self.context_length < 2 or not 1 <= (self.stride or self.context_length) <= self.context_length:
+        stride = self.context_length if self.stride is None else self.stride
+        if self.context_length < 2 or not 1 <= stride <= self.context_length:
             found = f"context_length {self.context_length}, stride {self.stride}"
             raise DataError("protocol", found, "context_length >= 2 and 1 <= stride <= context_length")
+        if self.batch_size < 1 or (self.max_tokens is not None and self.max_tokens < 1):
+            found = f"batch_size {self.batch_size}, max_tokens {self.max_tokens}"
+            raise DataError("protocol", found, "batch_size and max_tokens of at least 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise DataError("protocol", f"precision {self.precision!r}", "fp32 or bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,40 +87,60 @@ def dense_edges(context_length: int) -> float:
 
 
 def score_tokens(model: Any, dense: Any, batches: Iterable[Batch], protocol: Protocol) -> Quality:
-    """Score a model on windows of tokens (see `windows_of`), beside the dense model.
+    """Score a model on windows of tokens (see `windows_of`), beside the dense model."""
+    return score_models({"model": model}, dense, batches, protocol)["model"]
+
+
+def score_models(
+    models: dict[str, Any], dense: Any, batches: Iterable[Batch], protocol: Protocol
+) -> dict[str, Quality]:
+    """Score several models on the same windows; the dense model runs once for all of them.
 
     Edges are averaged over the queries of whole windows, whatever the stride, so that they belong to one T.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
-    scored, windows, edges = 0, 0, None
+    tallies = {label: _Tally() for label in models}
     with torch.no_grad():
         for batch in batches:
-            now, opened = _score_batch(model, dense, batch, protocol)
-            count = int(batch.counts[:, 1:].sum())
-            sums += torch.tensor(now, dtype=torch.float64) * count
-            scored, windows = scored + count, windows + len(batch.tokens)
-            if opened is not None:
-                edges = opened if edges is None else edges + opened
-    cross_entropy, kl = (sums / scored).tolist()
-    mean = None if edges is None else (edges / windows).float()
-    return Quality(
-        tokens=scored, cross_entropy=cross_entropy, kl=kl, edges=mean, context_length=protocol.context_length
-    )
+            reference = _logits(dense, batch, protocol, {})
+            for label, model in models.items():
+                run = GatePass()
+                options = {"gate_pass": run} if is_gated(model) else {}
+                logits = reference if model is dense else _logits(model, batch, protocol, options)
+                tallies[label].add_(logits, reference, batch, run)
+    return {label: tally.mean(protocol.context_length) for label, tally in tallies.items()}
 
 
-def _score_batch(
-    model: Any, dense: Any, batch: Batch, protocol: Protocol
-) -> tuple[tuple[float, float], Float[Tensor, "L H"] | None]:
-    tokens, counts = batch.tokens.to(model.device), batch.counts.to(model.device)
-    run = GatePass()
-    options = {"gate_pass": run} if is_gated(model) else {}
-    enabled = protocol.precision == "bf16"
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=enabled):
-        logits = model(input_ids=tokens, use_cache=False, **options).logits
-        reference = logits if dense is model else dense(input_ids=tokens, use_cache=False).logits
-    found = losses(logits, reference, tokens, counts, kl_weight=0.0)
-    opened = run.open_edges().double().mean(-1).sum(1).cpu() if options else None  # (L, H)
-    return (float(found.cross_entropy), float(found.kl)), opened
+@dataclass
+class _Tally:
+    """Sums over batches."""
+
+    cross_entropy: float = 0.0
+    kl: float = 0.0
+    tokens: int = 0
+    windows: int = 0
+    edges: Tensor | None = None
+
+    def add_(self, logits: Tensor, reference: Tensor, batch: Batch, run: GatePass) -> None:
+        device = logits.device
+        found = losses(logits, reference, batch.tokens.to(device), batch.counts.to(device))
+        count = int(batch.counts[:, 1:].sum())
+        self.cross_entropy += float(found.cross_entropy) * count
+        self.kl += float(found.kl) * count
+        self.tokens, self.windows = self.tokens + count, self.windows + len(batch.tokens)
+        if run.open:
+            opened = run.open_edges().double().mean(-1).sum(1).cpu()  # (L, H)
+            self.edges = opened if self.edges is None else self.edges + opened
+
+    def mean(self, context_length: int) -> Quality:
+        edges = None if self.edges is None else (self.edges / self.windows).float()
+        means = {"cross_entropy": self.cross_entropy / self.tokens, "kl": self.kl / self.tokens}
+        return Quality(tokens=self.tokens, edges=edges, context_length=context_length, **means)
+
+
+def _logits(model: Any, batch: Batch, protocol: Protocol, options: dict[str, Any]) -> Float[Tensor, "B T V"]:
+    tokens = batch.tokens.to(model.device)
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=protocol.precision == "bf16"):
+        return model(input_ids=tokens, use_cache=False, **options).logits
 
 
 def windows_of(stream: np.ndarray, protocol: Protocol) -> Iterator[Batch]:
@@ -146,8 +172,11 @@ def read_pairs(path: Path | str) -> list[dict[str, str]]:
         raise DataError(f"minimal pairs {path}", str(error), "a UTF-8 jsonl file") from error
     for number, line in enumerate(lines, 1):
         try:
-            pair = json.loads(line)
-            pairs.append({"paradigm": pair.get("paradigm", "all"), "good": pair["good"], "bad": pair["bad"]})
+            given = json.loads(line)
+            pair = {"paradigm": given.get("paradigm", "all"), "good": given["good"], "bad": given["bad"]}
+            if not all(isinstance(x, str) for x in pair.values()):
+                raise ValueError("not text")
+            pairs.append(pair)
         except (ValueError, KeyError, AttributeError) as error:
             hint = '{"good": "...", "bad": "...", "paradigm": "..."}'
             raise DataError(f"minimal pairs {path} line {number}", "no json object with good and bad", hint) from error
@@ -174,8 +203,8 @@ def sentence_scores(model: Any, tokenizer: Any, sentences: list[str], batch_size
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     head = [] if start is None else [start]
     ids = [head + tokenizer(s, add_special_tokens=False)["input_ids"] for s in sentences]
-    if short := next((s for s, x in zip(sentences, ids, strict=True) if len(x) < 2), None):
-        raise DataError(f"sentence {short!r}", "fewer than two tokens", "whole sentences")
+    if short := [s for s, x in zip(sentences, ids, strict=True) if len(x) < 2]:
+        raise DataError(f"sentence {short[0]!r}", "fewer than two tokens", "whole sentences")
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     scores = [0.0] * len(ids)
     for first in range(0, len(order), batch_size):

@@ -9,7 +9,7 @@ from fewedges import store
 from fewedges.data.batch import Batch
 from fewedges.data.text import token_stream
 from fewedges.errors import DataError
-from fewedges.measure.quality import Protocol, Quality, minimal_pairs, read_pairs, score_tokens, windows_of
+from fewedges.measure.quality import Protocol, Quality, dense_edges, minimal_pairs, read_pairs, score_models, windows_of
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.attention.result import Sparse
 
@@ -49,12 +49,11 @@ class Report:
 
     def protocol(self) -> str:
         """How it was measured, in one line."""
-        facts = self.facts
-        return (
-            f"{facts.get('tokens', '?'):,} tokens scored of {facts.get('file')}, window T = {facts.get('context_length')}, "
-            f"stride {facts.get('stride')}, {facts.get('precision', 'fp32')}, {facts.get('device')}; all gates open would "
-            f"be {(facts.get('context_length', 0) + 1) / 2:g} edges per query per head."
-        )
+        known = {"file": None, "tokens": 0, "context_length": 0, "stride": None, "precision": "fp32", "device": None}
+        facts = {**known, **self.facts}
+        where = f"window T = {facts['context_length']}, stride {facts['stride']}, {facts['precision']}"
+        dense = f"all gates open would be {dense_edges(facts['context_length']):g} edges per query per head"
+        return f"{facts['tokens']:,} tokens scored of {facts['file']}, {where}, {facts['device']}; {dense}."
 
     def save(self, path: Path | str) -> Path:
         """Write the json."""
@@ -93,15 +92,16 @@ def measure(
     dense = models["dense"]
     protocol = default_protocol(what) if protocol is None else protocol
     batches, facts = _batches(dense, data, protocol)
+    scores = score_models({label: x.model for label, x in models.items()}, dense.model, batches, protocol)
     rows = {}
     for label, loaded in models.items():
-        rows[label] = _row(score_tokens(loaded.model, dense.model, batches, protocol), label)
+        rows[label] = _row(scores[label], label)
         if pairs is not None:
             found = minimal_pairs(loaded.model, dense.tokenizer, read_pairs(pairs))
             rows[label] |= {"minimal_pairs": found.pop("all"), "paradigms": found}
         if dense.name == "addition" and data is None:
             rows[label]["accuracy"] = _addition_accuracy(loaded)
-    scored = [row.pop("tokens") for row in rows.values()][0]
+    scored = {row.pop("tokens") for row in rows.values()}.pop()  # the same for all
     return Report(rows=rows, facts=_facts(dense, protocol, scored, facts))
 
 

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fewedges.errors import ProbeError
+from fewedges.errors import ModelError, ProbeError
+
+CAUSAL = "fewedges-causal"
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
@@ -23,6 +25,46 @@ def register(name: str, function: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, boolean_mask)
+
+
+def register_maskless(name: str, function: Callable[..., Any]) -> None:
+    """Register a function that is causal by itself: no mask is built for it, and it must never need one."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
+def register_causal() -> None:
+    """Register `CAUSAL`: torch's causal attention for full windows without padding, softcap or sliding window."""
+    register_maskless(CAUSAL, causal_attention)
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H T E"],
+    key: Float[Tensor, "B G T E"],
+    value: Float[Tensor, "B G T E"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "B T H E"], None]:
+    """Flash attention over the whole causal triangle, in the interface's signature."""
+    check_plain(query, key, softcap, sliding_window)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    output = nn.functional.scaled_dot_product_attention(
+        query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def check_plain(query: Tensor, key: Tensor, softcap: float | None, window: int | None) -> None:
+    """Refuse what attention over the whole causal triangle cannot express."""
+    length = query.shape[-2]
+    if softcap is not None or key.shape[-2] != length or (window is not None and window < length):
+        found = "this layer has a softcap, a cache or a sliding window shorter than the input"
+        raise ModelError("kernel=triton", found, "kernel=reference")
 
 
 def boolean_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 Q K"]:

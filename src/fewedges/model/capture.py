@@ -46,7 +46,11 @@ def dense_maps(model: Any, tokenizer: Any, prompt: str) -> Maps:
 
 def prompt_tokens(tokenizer: Any, prompt: str, device: Any) -> tuple[torch.Tensor, list[str]]:
     """Token ids (1, T) and their texts; an empty prompt is an error."""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    try:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    except Exception as error:  # the tokenizers package raises Exception itself
+        found = f"the tokenizer cannot write it as tokens ({error})"
+        raise DataError(f"prompt {prompt!r}", found, "text in the characters this model knows") from error
     if ids.numel() < 2:
         raise DataError(f"prompt {prompt!r}", f"{ids.numel()} tokens", "a prompt of at least two tokens")
     return ids, [tokenizer.decode([int(i)]) for i in ids[0]]

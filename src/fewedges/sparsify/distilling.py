@@ -33,7 +33,7 @@ def losses(
     *,
     kl_weight: float = 1.0,
     loss_weight: float = 0.0,
-    total: int | None = None,
+    total: int | Float[Tensor, ""] | None = None,
     fused: bool = False,
 ) -> Losses:
     """Compare a student's logits with the dense model's and with the text.
@@ -43,9 +43,9 @@ def losses(
     kl_weight (q - p) + loss_weight (q - onehot), so no second float32 copy of the logits is ever kept. `fused`
     compiles that arithmetic (worth it on a GPU).
     """
-    divisor = float(counts[:, 1:].sum()) if total is None else float(total)
+    divisor = torch.as_tensor(counts[:, 1:].sum() if total is None else total).clamp(min=1)
     compare = _compiled() if fused else _compare
-    return Losses(*_Losses.apply(student, dense, tokens, counts, kl_weight, loss_weight, max(divisor, 1.0), compare))
+    return Losses(*_Losses.apply(student, dense, tokens, counts, kl_weight, loss_weight, divisor, compare))
 
 
 class _Losses(torch.autograd.Function):

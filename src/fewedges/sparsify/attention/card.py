@@ -16,7 +16,8 @@ tags: [sparse-attention, interpretability, fewedges]
 # Sparse {base}
 
 The attention of `{base}` after sparse attention post-training (arXiv:2512.05865) with fewedges
-{facts["versions"].get("fewedges", "")}: an attention edge exists where `score + bias[layer, head] > 0`, all others are cut.
+{facts["versions"].get("fewedges", "")}: an attention edge exists where `score + bias[layer, head] > 0`; all others
+are cut.
 
 ## Load it
 

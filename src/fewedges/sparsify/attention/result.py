@@ -10,14 +10,14 @@ import torch
 
 from fewedges import store
 from fewedges.data.batch import Batches
-from fewedges.errors import RecipeError, StoreError
+from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.model.loading import Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check
 from fewedges.recipes import SparseAttention, from_dict, to_dict, write_recipe
 from fewedges.sparsify.attention.card import model_card
 from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, is_gated
-from fewedges.sparsify.attention.student import make_student, put_back_, trained_weights
+from fewedges.sparsify.attention.student import GATE_BIAS, make_student, put_back_, trained_weights
 from fewedges.sparsify.attention.training import Record, post_train
 
 KIND, CONTROL = "sparse-attention", "dense-control"
@@ -99,6 +99,9 @@ def sparsify(
     recipe = SparseAttention(steps=1000) if recipe is None else recipe
     if not recipe.has_budget():
         raise RecipeError("sparsify", "the recipe has no budget", "steps=, tokens= or minutes=")
+    if (dtype := next(dense.model.parameters()).dtype).itemsize < 4:
+        hint = "the float32 model, and precision=bf16 in the recipe to compute in bfloat16"
+        raise ModelError(f"sparsify {dense.name}", f"its weights are {dtype} in memory", hint)
     batches = training_data(dense, recipe, data, max_tokens)
     folder = Path(out) if out is not None else None
     options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
@@ -111,13 +114,13 @@ def sparsify(
         data=batches.describe(),
         finished=result.finished,
     )
-    check_sparse(sparse)
     if control and result.finished:
         beside = folder / "control" if folder is not None else None
         twin = post_train(dense, recipe, batches, folder=beside, control=True, **options)
         sparse = _with(sparse, control=dense.with_model(_on_base(dense, recipe, twin.model)), finished=twin.finished)
     if folder is not None:
         sparse.save(folder)
+    check_sparse(sparse)  # after the save: a failed check must not lose the run
     return sparse
 
 
@@ -188,14 +191,16 @@ def _saved(sparse: Sparse, model: Any) -> store.Tensors:
     return {name: tensor.to(dtype) for name, tensor in trained_weights(model).items()}
 
 
-def load_sparse(folder: Path | str, *, dtype: str = "float32", device: str = "cpu", probes: bool = True) -> Sparse:
+def load_sparse(
+    folder: Path | str, *, dtype: str | torch.dtype = "float32", device: str = "cpu", probes: bool = True
+) -> Sparse:
     """Load a saved Sparse with its dense base, verify both, and run the probes."""
     folder = Path(folder)
     saved = store.load(folder, KIND)
     recipe = from_dict(saved.facts["recipe"])
     base = saved.facts["base"]
     dense = load_dense(base["name"], dtype=dtype, device=device, probes=False)
-    if dtype == "float32" and fingerprint(dense.model) != base["sha256"]:
+    if next(dense.model.parameters()).dtype == torch.float32 and fingerprint(dense.model) != base["sha256"]:
         found = f"the base model {base['name']} is not the one it was trained from (other weights)"
         raise StoreError(f"load {folder}", found, f"the base with sha256 {base['sha256'][:16]}...")
     student = make_student(dense, recipe)
@@ -205,14 +210,14 @@ def load_sparse(folder: Path | str, *, dtype: str = "float32", device: str = "cp
     if store.is_stored(folder / "control"):
         twin = make_student(dense, recipe, gates=False)
         _put_back(twin, store.load(folder / "control", CONTROL).tensors["weights"], folder / "control")
-        control = dense.with_model(twin)
+        control = dense.with_model(_as_base_(twin, dense))
     facts = {
         "data": saved.facts["data"],
         "finished": saved.facts["finished"],
         "results": saved.facts["results"],
     }
     sparse = Sparse(
-        loaded=dense.with_model(student),
+        loaded=dense.with_model(_as_base_(student, dense)),
         dense=dense,
         control=control,
         recipe=recipe,
@@ -228,7 +233,7 @@ def load(
     name: Path | str,
     *,
     gate_bias: float | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     probes: bool = True,
 ) -> Sparse | Loaded:
@@ -236,6 +241,9 @@ def load(
 
     With `gate_bias`, the weights of a dense checkpoint are run through constant gates `score + gate_bias > 0`.
     """
+    if store.is_stored(name) and gate_bias is not None:
+        found = "it is a sparse run and has gate biases of its own"
+        raise RecipeError(f"load {name} with gate_bias={gate_bias}", found, "no gate_bias, or a dense checkpoint")
     if store.is_stored(name):
         return load_sparse(name, dtype=dtype, device=device, probes=probes)
     dense = load_dense(name, dtype=dtype, device=device, probes=probes)
@@ -256,7 +264,9 @@ def _put_back(student: Any, weights: store.Tensors, folder: Path) -> None:
     try:
         put_back_(student, weights)
     except KeyError as error:
-        raise StoreError(f"load {folder}", f"its weights do not fit the recipe, first {error}", "train again") from error
+        raise StoreError(
+            f"load {folder}", f"its weights do not fit the recipe, first {error}", "train again"
+        ) from error
 
 
 def _set_biases(student: Any, dense: Loaded, bias: torch.Tensor, folder: Path) -> None:
@@ -266,6 +276,14 @@ def _set_biases(student: Any, dense: Loaded, bias: torch.Tensor, folder: Path) -
     with torch.no_grad():
         for module, row in zip(dense.anatomy.modules(student), bias, strict=True):
             module.gate_bias.copy_(row)  # type: ignore[operator, union-attr]
+
+
+def _as_base_(model: Any, dense: Loaded) -> Any:
+    """The number format of the base for all but the gate biases: a layer in half precision refuses float32 input."""
+    dtype = next(dense.model.parameters()).dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if name.endswith(GATE_BIAS) else parameter.data.to(dtype)
+    return model
 
 
 def _log(folder: Path) -> list[Record]:

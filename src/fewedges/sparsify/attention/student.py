@@ -44,11 +44,12 @@ def trained(model: Any) -> dict[str, nn.Parameter]:
 
 
 def put_back_(model: Any, weights: dict[str, Tensor]) -> None:
-    """Copy saved weights into what moves, in place; a name too many or too few is a KeyError."""
-    targets = trained(model)
-    missing = {name for name in targets if not name.endswith(GATE_BIAS)} ^ set(weights)
-    if missing:
-        raise KeyError(sorted(missing)[0])
+    """Copy saved weights into what moves, in place; a name too many or too few, or another shape, is a KeyError."""
+    targets = {name: parameter for name, parameter in trained(model).items() if not name.endswith(GATE_BIAS)}
+    both = set(targets) & set(weights)
+    wrong = set(targets) ^ set(weights) | {name for name in both if targets[name].shape != weights[name].shape}
+    if wrong:
+        raise KeyError(sorted(wrong)[0])
     with torch.no_grad():
         for name, value in weights.items():
             targets[name].copy_(value)

@@ -19,24 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fewedges import store
 from fewedges.data.batch import Batch, Batches
-from fewedges.errors import Interrupted, StoreError, TrainingError
+from fewedges.errors import Interrupted, TrainingError
+from fewedges.model.anatomy import plain
+from fewedges.model.attention import CAUSAL, attention_by, register_causal
 from fewedges.model.loading import Loaded
-from fewedges.recipes import SparseAttention, to_dict
+from fewedges.recipes import SparseAttention, write_recipe
+from fewedges.sparsify.attention.checkpoint import load_checkpoint, read_log, save_checkpoint
 from fewedges.sparsify.attention.constraint import Multiplier
-from fewedges.sparsify.attention.interface import GatePass
+from fewedges.sparsify.attention.interface import FUSED
+from fewedges.sparsify.attention.objective import NAMES, Graph, Inputs, Objective
 from fewedges.sparsify.attention.student import at_precision, make_student, trained
-from fewedges.sparsify.distilling import Losses, losses
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-BUDGET = ("steps", "tokens", "minutes", "log_every", "checkpoint_every", "micro_batch")
-"""Recipe fields that may change when a run is resumed."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,8 @@ class Run:
     student: Any
     data: Batches
     optimizer: torch.optim.Optimizer
-    accelerator: Any
+    objective: Objective
+    graph: Graph | None = None
     multiplier: Multiplier
     folder: Path | None = None
     gated: bool = True
@@ -96,19 +97,31 @@ def post_train(
     """
     run = _start(dense, recipe, data, folder, gated=not control)
     began, piece = time.monotonic() - run.seconds, time.monotonic()
-    with _signals() as arrived:
+    with _signals() as arrived, _attention(run):
         while run.progress() < 1:
             record = _step(run)
             run.seconds = time.monotonic() - began
             _note(run, record, watch)
             paused = pause_minutes is not None and time.monotonic() - piece > 60 * pause_minutes
             if arrived or paused or run.step % recipe.checkpoint_every == 0 or run.progress() >= 1:
-                _save_checkpoint(run)
+                save_checkpoint(run)
             if arrived:
                 raise _interrupted(run, arrived[0])
             if paused:
                 break
     return Trained(model=run.student, records=run.records, finished=run.progress() >= 1)
+
+
+@contextmanager
+def _attention(run: Run) -> Iterator[None]:
+    """For the fused kernel, run both models' attention as plain causal: every window is full, no mask is built."""
+    if run.recipe.kernel != "triton":
+        yield
+        return
+    register_causal()
+    student = FUSED if run.gated else CAUSAL
+    with attention_by(plain(run.dense.model), CAUSAL), attention_by(plain(run.student), student):
+        yield
 
 
 def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path | None, *, gated: bool) -> Run:
@@ -117,20 +130,25 @@ def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path |
     dense = at_precision(dense, recipe)
     accelerator = Accelerator(device_placement=False)  # one shared state a process: nothing of this run goes in
     student = make_student(dense, recipe, gates=gated)
+    backward = accelerator.backward
     run = Run(
+        objective=Objective(recipe=recipe, dense=dense.model, student=student, gated=gated, backward=backward),
         recipe=recipe,
         dense=dense,
         student=student,
         data=data,
         optimizer=accelerator.prepare(_optimizer(student, recipe)),
-        accelerator=accelerator,
         multiplier=Multiplier(recipe.multiplier_start),
         folder=folder,
         gated=gated,
         micro_batch=recipe.micro_batch or recipe.batch_size,
     )
     if folder is not None and store.is_stored(folder / "checkpoint"):
-        _load_checkpoint(run, folder / "checkpoint")
+        load_checkpoint(run, folder / "checkpoint")
+    run.records = read_log(run)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, folder / "recipe.yaml")
     return run
 
 
@@ -142,12 +160,15 @@ def _step(run: Run) -> Record:
     _set_learning_rates(run)
     batch = run.data.at(run.step, run.recipe.batch_size)
     sums = _accumulate_within_memory(run, batch)
-    norm = run.accelerator.clip_grad_norm_(trained(run.student).values(), run.recipe.clip)
+    parameters = list(trained(run.student).values())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     values = dict(zip((*sums, "gradient_norm"), torch.stack([*sums.values(), norm.detach()]).tolist(), strict=True))
-    _check_finite(run, values)
+    _check_finite(run, values)  # before clipping, which would spread one NaN over all gradients
+    torch.nn.utils.clip_grads_with_norm_(parameters, run.recipe.clip, norm)
     run.optimizer.step()
     if run.gated:
-        run.multiplier.update_(run.recipe, values["kl"], values["cross_entropy"] - values["dense_cross_entropy"])
+        excess = values["cross_entropy"] - values["dense_cross_entropy"]
+        run.multiplier.update_(run.recipe, values["kl"], excess, learning_rate_fall(run.recipe, run.progress()))
     run.step += 1
     return values
 
@@ -156,66 +177,46 @@ def _accumulate_within_memory(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Accumulate gradients; when memory runs out, halve the micro-batch and keep the batch."""
     while True:
         try:
-            run.optimizer.zero_grad(set_to_none=True)
             return _accumulate(run, batch)
         except torch.OutOfMemoryError as error:
             need = f"one window of {run.recipe.context_length} tokens does not fit in memory"
             if run.micro_batch == 1:
                 raise TrainingError(f"step {run.step}", need, "a smaller context_length, train=lora, bf16") from error
             run.micro_batch = max(size for size in range(1, run.micro_batch) if run.recipe.batch_size % size == 0)
-            log.warning(
-                "out of memory: micro_batch is now %d, batch_size stays %d",
-                run.micro_batch,
-                run.recipe.batch_size,
-            )
+            run.graph = None
+            sizes = (run.micro_batch, run.recipe.batch_size)
+            log.warning("out of memory: micro_batch is now %d, batch_size stays %d", *sizes)
         torch.cuda.empty_cache()
 
 
 def _accumulate(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """Gradients of the whole batch, micro-batch by micro-batch, and what each contributes to the record."""
+    if run.graph is None:
+        run.optimizer.zero_grad(set_to_none=True)
+    sums = [_piece(run)(given) for given in _inputs(run, batch)]
+    return dict(zip(NAMES, torch.stack(sums).sum(0).unbind(), strict=True))
+
+
+def _piece(run: Run) -> Callable[[Inputs], Tensor]:
+    return run.objective if run.graph is None else run.graph
+
+
+def _inputs(run: Run, batch: Batch) -> Iterator[Inputs]:
+    """The batch cut into micro-batches, on the device."""
     device = next(run.student.parameters()).device
     total = int(batch.counts[:, 1:].sum())
-    names = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected")
-    sums = torch.zeros(len(names), device=device)
     for part, start in enumerate(range(0, len(batch.tokens), run.micro_batch)):
         rows = slice(start, start + run.micro_batch)
-        piece = Batch(
-            batch.tokens[rows].to(device, non_blocking=True), batch.counts[rows].to(device, non_blocking=True)
+        numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), price(run))
+        given = Inputs(
+            batch.tokens[rows].to(device),
+            batch.counts[rows].to(device),
+            *(torch.tensor(x, dtype=torch.float32, device=device) for x in (*numbers, annealed(run.recipe, run.step))),
+            torch.tensor(noise_seed(run.recipe.seed, run.step, part), dtype=torch.int32, device=device),
         )
-        share = len(piece.tokens) / len(batch.tokens)
-        compared, gates = _forward(run, piece, part, total)
-        priced = run.multiplier.price * share * priced_edges(gates.expected_edges(), run.recipe) if run.gated else 0.0
-        run.accelerator.backward(compared.objective + priced)
-        edges = (gates.open_edges().mean(), gates.expected_edges().detach().mean()) if run.gated else (sums[0] * 0,) * 2
-        now = (compared.objective.detach(), compared.kl, compared.cross_entropy, compared.dense_cross_entropy)
-        sums += torch.stack([*now, *(share * x for x in edges)]).float()
-    return dict(zip(names, sums.unbind(), strict=True))
-
-
-def _forward(run: Run, piece: Batch, part: int, total: int) -> tuple[Losses, GatePass]:
-    """Both models on one micro-batch."""
-    recipe = run.recipe
-    gates = GatePass(
-        sample=recipe.sampling == "logistic",
-        straight_through=True,
-        seed=noise_seed(recipe.seed, run.step, part),
-        offset=annealed(recipe, run.step),
-        kernel=recipe.kernel,
-    )
-    options = {"gate_pass": gates} if run.gated else {}
-    with torch.autocast(piece.tokens.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-        with torch.no_grad():
-            dense = run.dense.model(input_ids=piece.tokens, use_cache=False).logits
-        student = run.student(input_ids=piece.tokens, use_cache=False, **options).logits
-    weights = {"kl_weight": recipe.kl_weight, "loss_weight": recipe.loss_weight}
-    fused = recipe.kernel == "triton" and piece.tokens.is_cuda
-    return losses(student, dense, piece.tokens, piece.counts, total=total, fused=fused, **weights), gates
-
-
-def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) -> Float[Tensor, ""]:
-    """The regulariser: expected edges per query per head, weighted by layer and head, meaned over all of them."""
-    layers = expected.new_tensor(recipe.layer_weights or (1.0,) * expected.shape[0])
-    heads = expected.new_tensor(recipe.head_weights or (1.0,) * expected.shape[2])
-    return (expected.mean(dim=(1, 3)) * layers[:, None] * heads).mean()
+        if run.recipe.graph and run.graph is None and run.micro_batch == run.recipe.batch_size:
+            run.graph = Graph(run.objective, given, list(trained(run.student).values()))
+        yield given
 
 
 def annealed(recipe: SparseAttention, step: int) -> float:
@@ -224,15 +225,23 @@ def annealed(recipe: SparseAttention, step: int) -> float:
 
 
 def noise_seed(seed: int, step: int, part: int) -> int:
-    """The key of a micro-batch's gate noise, 32 bits."""
-    return (seed * 1_000_003 + step * 8_191 + part * 524_287) % 2**32
+    """The key of a micro-batch's gate noise: 32 bits, signed as torch keeps them."""
+    return (seed * 1_000_003 + step * 8_191 + part * 524_287 + 2**31) % 2**32 - 2**31
 
 
 def learning_rate_factor(recipe: SparseAttention, step: int, progress: float) -> float:
     """Linear warm-up, constant, linear fall to 0 over the last `decay_fraction` of the budget."""
-    rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-    fall = (1 - progress) / recipe.decay_fraction if recipe.decay_fraction else 1.0
-    return max(0.0, min(rise, fall, 1.0))
+    return min((step + 1) / max(1, recipe.warmup_steps), learning_rate_fall(recipe, progress))
+
+
+def learning_rate_fall(recipe: SparseAttention, progress: float) -> float:
+    """The last part of that alone: 1, then linearly to 0."""
+    return max(0.0, min(1.0, (1 - progress) / recipe.decay_fraction)) if recipe.decay_fraction else 1.0
+
+
+def price(run: Run) -> float:
+    """What an edge costs in this step's objective: the multiplier, cooled if the recipe says so."""
+    return run.multiplier.price * (learning_rate_fall(run.recipe, run.progress()) if run.recipe.cooling else 1.0)
 
 
 def _set_learning_rates(run: Run) -> None:
@@ -297,7 +306,6 @@ def _note(run: Run, values: dict[str, float], watch: Callable[[Record], None] | 
     }
     run.records.append(record)
     if run.folder is not None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     if watch is not None:
@@ -324,76 +332,3 @@ def _signals() -> Iterator[list[int]]:
 def _interrupted(run: Run, number: int) -> Interrupted:
     kept = f"stopped after step {run.step}, " + (f"saved in {run.folder}" if run.folder else "nothing saved: no folder")
     return Interrupted(signal.Signals(number).name, kept, "the same command again: it resumes", code=128 + number)
-
-
-# -- checkpoints -----------------------------------------------------------------------------------------------
-
-
-def _save_checkpoint(run: Run) -> None:
-    if run.folder is None:
-        return
-    parameters = trained(run.student)
-    bad = next((name for name, p in parameters.items() if not bool(torch.isfinite(p).all())), None)
-    if bad is not None:
-        raise TrainingError(
-            f"step {run.step}", f"{bad} is not finite; the last checkpoint is kept", "a smaller learning_rate"
-        )
-    moments = {
-        f"{name}.{key}": run.optimizer.state[parameter][key]
-        for name, parameter in parameters.items()
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    }
-    facts = {
-        "recipe": to_dict(run.recipe),
-        "data": run.data.describe(),
-        "base": run.dense.name,
-        "gated": run.gated,
-        "step": run.step,
-        "seconds": run.seconds,
-        "micro_batch": run.micro_batch,
-        "multiplier": run.multiplier.state(),
-        "versions": store.versions(),
-    }
-    tensors = {"parameters": {name: p.detach() for name, p in parameters.items()}, "moments": moments}
-    store.save(run.folder / "checkpoint", "checkpoint", tensors, facts)
-
-
-def _load_checkpoint(run: Run, folder: Path) -> None:
-    """Put a run back where it stopped; a folder of another run is an error."""
-    saved = store.load(folder, "checkpoint")
-    _check_same_run(run, folder, saved.facts)
-    parameters = trained(run.student)
-    if set(parameters) != set(saved.tensors["parameters"]):
-        raise StoreError(
-            f"resume {folder}", "it holds other parameters than this recipe trains", "another --out folder"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved.tensors["parameters"][name])
-            moments = {key: saved.tensors["moments"][f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-            on = {key: x if key == "step" else x.to(parameter.device) for key, x in moments.items()}
-            run.optimizer.state[parameter] = on
-    run.step, run.seconds = saved.facts["step"], saved.facts["seconds"]
-    run.micro_batch = min(run.micro_batch, saved.facts["micro_batch"])
-    run.multiplier = Multiplier(**saved.facts["multiplier"])
-    run.records = _read_log(run)
-
-
-def _check_same_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
-    now = {"base": run.dense.name, "gated": run.gated, "data": run.data.describe(), **to_dict(run.recipe)}
-    then = {"base": facts["base"], "gated": facts["gated"], "data": facts["data"], **facts["recipe"]}
-    for name in now:
-        if name not in BUDGET and json.dumps(now[name]) != json.dumps(then.get(name)):
-            found = f"it was started with {name}={then.get(name)!r}, now {now[name]!r}"
-            raise StoreError(f"resume {folder}", found, "the same settings, or another --out folder")
-
-
-def _read_log(run: Run) -> list[Record]:
-    """Records up to the checkpoint; later ones (lost steps) are cut from the file."""
-    path = run.folder / "log.jsonl" if run.folder else None
-    if path is None or not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    records = [record for line in lines if (record := json.loads(line))["step"] <= run.step]
-    store.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    return records

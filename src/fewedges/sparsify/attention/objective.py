@@ -1,0 +1,123 @@
+"""One micro-batch: both models forward, the objective, and its gradient; eagerly, or replayed as a CUDA graph.
+
+    objective = kl_weight * KL(dense || sparse) + loss_weight * cross-entropy + price * expected edges
+
+All that changes from step to step comes in as tensors (`Inputs`), so that the same code can be captured once and
+replayed. On an H200, SmolLM2-135M at T = 512 spent .28 s a step on launching kernels, whatever the batch size;
+a replay launches once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fewedges.recipes import SparseAttention
+from fewedges.sparsify.attention.interface import GatePass
+from fewedges.sparsify.distilling import Losses, losses
+
+NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected")
+"""What a micro-batch contributes to the step's record, in this order."""
+
+
+class Inputs(NamedTuple):
+    """Everything one micro-batch depends on, on the device."""
+
+    tokens: Int[Tensor, "B T"]
+    counts: Bool[Tensor, "B T"]
+    total: Float[Tensor, ""]
+    """Counted predictions of the whole batch."""
+    share: Float[Tensor, ""]
+    """This micro-batch's part of the batch's windows."""
+    price: Float[Tensor, ""]
+    """Multiplier: nats per edge per query per head."""
+    offset: Float[Tensor, ""]
+    """Annealing: added to every gate bias."""
+    seed: Int[Tensor, ""]
+    """Key of the gate noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The two models and the recipe; calling it accumulates gradients and returns the contributions (6,)."""
+
+    recipe: SparseAttention
+    dense: Any
+    student: Any
+    gated: bool
+    backward: Callable[[Tensor], None]
+
+    def __call__(self, given: Inputs) -> Float[Tensor, "6"]:
+        compared, gates = self._forward(given)
+        now = (compared.objective.detach(), compared.kl, compared.cross_entropy, compared.dense_cross_entropy)
+        if not self.gated:
+            self.backward(compared.objective)
+            return torch.stack([*now, *(torch.zeros_like(now[0]),) * 2]).float()
+        expected = gates.expected_edges()
+        self.backward(compared.objective + given.price * given.share * priced_edges(expected, self.recipe))
+        edges = (given.share * gates.open_edges().mean(), given.share * expected.detach().mean())
+        return torch.stack([*now, *edges]).float()
+
+    def _forward(self, given: Inputs) -> tuple[Losses, GatePass]:
+        recipe = self.recipe
+        gates = GatePass(
+            sample=recipe.sampling == "logistic",
+            straight_through=True,
+            seed=given.seed,
+            offset=given.offset,
+            kernel=recipe.kernel,
+        )
+        options = {"gate_pass": gates} if self.gated else {}
+        with torch.autocast(given.tokens.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with torch.no_grad():
+                dense = self.dense(input_ids=given.tokens, use_cache=False).logits
+            student = self.student(input_ids=given.tokens, use_cache=False, **options).logits
+        weights = {"kl_weight": recipe.kl_weight, "loss_weight": recipe.loss_weight}
+        fused = recipe.kernel == "triton" and given.tokens.is_cuda
+        return losses(student, dense, given.tokens, given.counts, total=given.total, fused=fused, **weights), gates
+
+
+def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) -> Float[Tensor, ""]:
+    """The regulariser: expected edges per query per head, weighted by layer and head, meaned over all of them."""
+    by_head = expected.mean(dim=(1, 3))  # (L, H)
+    if recipe.layer_weights:
+        by_head = by_head * by_head.new_tensor(recipe.layer_weights)[:, None]
+    if recipe.head_weights:
+        by_head = by_head * by_head.new_tensor(recipe.head_weights)
+    return by_head.mean()
+
+
+class Graph:
+    """An Objective captured once as a CUDA graph: a call copies its inputs in and replays.
+
+    Gradients land in the tensors that `grad` of each parameter named at capture, overwritten at every call: do not
+    set them to None, and do not accumulate.
+    """
+
+    def __init__(self, objective: Objective, example: Inputs, parameters: list[Tensor]):
+        self.inputs = Inputs(*(x.clone() for x in example))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compile, choose kernels, allocate
+                _forget(parameters)
+                objective(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        _forget(parameters)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = objective(self.inputs)
+
+    def __call__(self, given: Inputs) -> Float[Tensor, "6"]:
+        for mine, new in zip(self.inputs, given, strict=True):
+            mine.copy_(new, non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()
+
+
+def _forget(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

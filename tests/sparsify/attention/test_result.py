@@ -1,0 +1,413 @@
+"""Sparse models on disk: what is loaded is what was saved, on the base it was trained from, and never by mistake."""
+
+import dataclasses
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fewedges as fe
+from conftest import NoiseBatches, tiny_loaded, tiny_model
+from fewedges import store
+from fewedges.data.addition import Sums, tokenizer
+from fewedges.errors import FewedgesError, ModelError, RecipeError, StoreError
+from fewedges.model.attention import allowed_keys, attention_by, register
+from fewedges.recipes import SparseAttention
+from fewedges.sparsify.attention import result
+from fewedges.sparsify.attention.interface import gate_biases, is_gated
+from fewedges.sparsify.attention.result import Sparse, gates_only, training_data
+
+TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(9))
+
+
+def recipe(**changes):
+    settings = {"steps": 2, "batch_size": 4, "context_length": 12, "log_every": 1, "lora_rank": 2, "warmup_steps": 0}
+    return SparseAttention(**(settings | {"learning_rate": 1e-2, "bias_learning_rate": 0.3} | changes))
+
+
+def base_folder(folder, name="llama", seed=0):
+    tiny_model(name, seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of tiny dense models with a tokenizer, as users have them."""
+    return {name: base_folder(tmp_path_factory.mktemp("base") / name, name) for name in ("llama", "gpt2")}
+
+
+@pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """A saved run with its control, and the Sparse that was saved; read only."""
+    folder = tmp_path_factory.mktemp("run") / "sparse"
+    dense = fe.load(bases["llama"])
+    return folder, fe.sparsify(dense, recipe(), data=NoiseBatches(), out=folder, control=True)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS, use_cache=False).logits
+
+
+# -- save and load ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("bias", ["learned", "constant"])
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_saved_model_comes_back_with_the_same_logits(bases, tmp_path, monkeypatch, name, train, bias):
+    dense = fe.load(bases[name])
+    sparse = fe.sparsify(dense, recipe(train=train, bias=bias, bias_start=0.25), data=NoiseBatches())
+    sparse.save(tmp_path)
+    probed = []
+    check = result.check
+    monkeypatch.setattr(result, "check", lambda *a, **k: probed.append(check(*a, **k)) or probed[-1])
+    loaded = fe.load(tmp_path)
+    assert isinstance(loaded, Sparse)
+    assert torch.equal(logits(loaded.model), logits(sparse.model))
+    assert torch.equal(logits(loaded.dense.model), logits(dense.model))
+    assert not torch.equal(logits(loaded.model), logits(dense.model))
+    assert len(probed) == 1
+    assert set(probed[0]) == {"finite", "called", "causal", "padding", "decode", "dense_equal"}
+    biases = gate_biases(loaded.model, dense.anatomy)
+    assert torch.equal(biases, gate_biases(sparse.model, dense.anatomy))
+    assert (biases == 0.25).all() == (bias == "constant")
+    assert (loaded.recipe, loaded.data, loaded.finished) == (sparse.recipe, sparse.data, True)
+    assert loaded.records == sparse.records
+    assert loaded.tokenizer.get_vocab() == dense.tokenizer.get_vocab()
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_model_saved_in_bfloat16_comes_back_rounded_once(bases, tmp_path, train):
+    sparse = fe.sparsify(fe.load(bases["llama"]), recipe(saved="bfloat16", train=train), data=NoiseBatches())
+    sparse.save(tmp_path / "one")
+    loaded = fe.load(tmp_path / "one")
+    body = load_file(next((tmp_path / "one").glob("weights-*")))
+    assert {x.dtype for x in body.values()} == {torch.bfloat16}
+    trained = dict(sparse.model.named_parameters())
+    back = dict(loaded.model.named_parameters())
+    assert all(torch.equal(back[name], trained[name].bfloat16().float()) for name in body)
+    assert torch.equal(gate_biases(loaded.model, loaded.dense.anatomy), gate_biases(sparse.model, sparse.dense.anatomy))
+    loaded.save(tmp_path / "two")
+    assert store.read_manifest(tmp_path / "two")["files"] == store.read_manifest(tmp_path / "one")["files"]
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_a_bf16_run_is_trained_beside_and_saved_on_the_float32_base(bases, tmp_path, train):
+    dense = fe.load(bases["gpt2"])
+    sparse = fe.sparsify(dense, recipe(precision="bf16", train=train), data=NoiseBatches(), out=tmp_path)
+    assert {p.dtype for p in sparse.model.parameters()} == {torch.float32}
+    assert torch.equal(logits(fe.load(tmp_path).model), logits(sparse.model))
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_a_run_can_be_loaded_in_bfloat16(bases, tmp_path, train):
+    sparse = fe.sparsify(
+        fe.load(bases["llama"]), recipe(train=train, precision="bf16"), data=NoiseBatches(), out=tmp_path
+    )
+    for dtype in ("bfloat16", torch.bfloat16):
+        half = fe.load(tmp_path, dtype=dtype)
+        kinds = {name: p.dtype for name, p in half.model.named_parameters()}
+        assert {kind for name, kind in kinds.items() if not name.endswith("gate_bias")} == {torch.bfloat16}
+        assert {kind for name, kind in kinds.items() if name.endswith("gate_bias")} == {torch.float32}
+        assert logits(half.model).dtype == torch.bfloat16
+    assert torch.equal(gate_biases(half.model, half.dense.anatomy), gate_biases(sparse.model, sparse.dense.anatomy))
+
+
+@pytest.mark.survives
+def test_weights_in_half_precision_are_refused_before_training(bases, tmp_path):
+    with pytest.raises(ModelError, match=r"bfloat16 in memory.*precision=bf16"):
+        fe.sparsify(fe.load(bases["llama"], dtype="bfloat16"), recipe(), data=NoiseBatches(), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.stays
+def test_a_lora_save_holds_adapters_only(bases, tmp_path):
+    dense = fe.load(bases["llama"])
+    sparse = fe.sparsify(dense, recipe(train="lora"), data=NoiseBatches())
+    sparse.save(tmp_path)
+    body = load_file(next(tmp_path.glob("weights-*")))
+    assert body
+    assert all("lora_A" in name or "lora_B" in name for name in body)
+    matrices = [m for m in dense.model.modules() if isinstance(m, torch.nn.Linear) and m is not dense.model.lm_head]
+    wanted = sum(2 * (m.in_features + m.out_features) for m in matrices)  # rank 2
+    assert sum(x.numel() for x in body.values()) == wanted
+    full = fe.sparsify(dense, recipe(), data=NoiseBatches()).save(tmp_path / "full")
+    assert next(tmp_path.glob("weights-*")).stat().st_size < 0.4 * next(full.glob("weights-*")).stat().st_size
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.reproduces
+def test_the_control_is_saved_and_loaded_beside_the_sparse_model(run):
+    folder, sparse = run
+    loaded = fe.load(folder)
+    assert torch.equal(logits(loaded.control.model), logits(sparse.control.model))
+    assert not is_gated(loaded.control.model)
+    assert is_gated(loaded.model)
+    assert not torch.equal(logits(loaded.control.model), logits(loaded.dense.model))
+    assert store.load(folder / "control", "dense-control").facts["recipe"]["steps"] == 2
+
+
+@pytest.mark.reproduces
+def test_results_and_a_pause_are_remembered(run, tmp_path):
+    _, sparse = run
+    changed = dataclasses.replace(sparse, results={"sparse": {"kl": 0.25}}, finished=False, control=None)
+    changed.save(tmp_path)
+    loaded = fe.load(tmp_path, probes=False)
+    assert (loaded.results, loaded.finished, loaded.control) == ({"sparse": {"kl": 0.25}}, False, None)
+    assert "(paused)" in str(loaded)
+
+
+@pytest.mark.reproduces
+def test_a_run_with_out_is_saved_there_and_the_same_call_returns_it(bases, run):
+    folder, sparse = run
+    before = store.read_manifest(folder)["files"]
+    again = fe.sparsify(fe.load(bases["llama"]), recipe(), data=NoiseBatches(), out=folder, control=True)
+    assert store.read_manifest(folder)["files"] == before
+    assert torch.equal(logits(again.model), logits(sparse.model))
+    assert again.records == sparse.records
+    assert torch.equal(logits(again.control.model), logits(sparse.control.model))
+
+
+@pytest.mark.stays
+def test_a_paused_run_trains_no_control_yet(bases, tmp_path):
+    dense, steps = fe.load(bases["llama"]), []
+    for _ in range(4):
+        sparse = fe.sparsify(dense, recipe(), data=NoiseBatches(), out=tmp_path, control=True, pause_minutes=0.0)
+        steps.append((sparse.finished, sparse.control is not None))
+    assert steps == [(False, False), (False, True), (True, True), (True, True)]
+
+
+# -- what must not be loaded -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(run, bases, tmp_path):
+    """A copy of the run whose base is a copy too, both to be broken."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    dense = fe.load(base)
+    folder = tmp_path / "run"
+    fe.sparsify(dense, recipe(steps=1), data=NoiseBatches()).save(folder)
+    return folder, base
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("seed", [1, None])
+def test_a_base_with_other_weights_is_refused(moved, seed):
+    folder, base = moved
+    model = tiny_model("llama", 0 if seed is None else seed)
+    if seed is None:  # the smallest difference there is
+        weight = model.model.layers[1].mlp.down_proj.weight
+        with torch.no_grad():
+            weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    model.save_pretrained(base)
+    with pytest.raises(StoreError, match="not the one it was trained from"):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+def test_a_base_that_is_gone_is_named(moved):
+    folder, base = moved
+    shutil.rmtree(base)
+    with pytest.raises(FewedgesError, match=str(base)):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("stem", ["weights", "gates"])
+def test_a_damaged_body_is_refused(moved, stem):
+    folder, _ = moved
+    body = next(folder.glob(f"{stem}-*"))
+    body.write_bytes(body.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(StoreError, match=body.name):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"train": "attention"}, "do not fit the recipe"),
+        ({"train": "lora"}, "do not fit the recipe"),
+    ],
+)
+def test_weights_of_another_recipe_are_refused(moved, change, match):
+    folder, _ = moved
+    stored = store.load(folder)
+    store.save(folder, stored.kind, stored.tensors, stored.facts | {"recipe": stored.facts["recipe"] | change})
+    with pytest.raises(StoreError, match=match):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+def test_gate_biases_of_another_shape_are_refused(moved):
+    folder, _ = moved
+    stored = store.load(folder)
+    tensors = stored.tensors | {"gates": {"bias": torch.zeros(3, 4)}}
+    store.save(folder, stored.kind, tensors, stored.facts)
+    with pytest.raises(StoreError, match=r"gate biases \(3, 4\), the base has \(2, 4\)"):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+def test_a_log_that_cannot_be_read_is_a_store_error(moved):
+    folder, _ = moved
+    (folder / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff\n')
+    with pytest.raises(StoreError, match=r"log\.jsonl"):
+        fe.load(folder)
+
+
+@pytest.mark.survives
+def test_a_sparse_run_with_a_gate_bias_is_refused_not_ignored(moved):
+    with pytest.raises(RecipeError, match="gate biases of its own"):
+        fe.load(moved[0], gate_bias=0.0)
+
+
+@pytest.mark.survives
+def test_transformers_refuses_a_saved_folder(run):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(run[0])
+    with pytest.raises(ModelError):
+        fe.model.loading.load(run[0])
+
+
+@pytest.mark.survives
+def test_a_control_folder_is_not_taken_for_a_sparse_model(run):
+    with pytest.raises(StoreError, match="holds 'dense-control', not 'sparse-attention'"):
+        fe.load(run[0] / "control")
+
+
+@pytest.mark.survives
+def test_missing_data_and_missing_budget_are_refused_before_any_work():
+    dense = tiny_loaded()
+    with pytest.raises(RecipeError, match="no data"):
+        fe.sparsify(dense, recipe())
+    with pytest.raises(RecipeError, match="no budget"):
+        fe.sparsify(dense, SparseAttention(), data=NoiseBatches())
+
+
+@pytest.mark.says
+def test_addition_brings_its_own_data(addition):
+    data = training_data(addition, recipe(seed=3), None)
+    assert isinstance(data, Sums)
+    assert data.seed == 3
+    other = NoiseBatches()
+    assert training_data(addition, recipe(), other) is other
+
+
+# -- what a folder says ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.says
+def test_the_model_card_says_what_it_is_how_to_load_it_and_how_not_to(run):
+    folder, sparse = run
+    text = (folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "fewedges"
+    assert front["base_model"] == sparse.dense.name
+    assert 'fe.load("this folder")' in text
+    assert "Without fewedges this folder is not a model" in text
+    assert "score + bias[layer, head] > 0" in text
+    for name in ("edges_per_query_per_head", "kl", "cross_entropy", "dense_cross_entropy"):
+        assert f"| {name} | {sparse.records[-1][name]:.4g} |" in text
+
+
+@pytest.mark.says
+def test_a_folder_holds_recipe_log_versions_seed_and_data(run):
+    folder, sparse = run
+    assert fe.read_recipe(folder / "recipe.yaml") == sparse.recipe
+    assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == sparse.records
+    facts = store.load(folder).facts
+    assert facts["versions"]["torch"] == torch.__version__
+    assert (facts["seed"], facts["data"]) == (0, {"name": "noise", "seed": 0})
+    assert facts["last_record"] == sparse.records[-1]
+
+
+@pytest.mark.says
+def test_a_sparse_prints_itself_in_one_line(run, bases):
+    _, sparse = run
+    last = sparse.records[-1]
+    assert f"{last['edges_per_query_per_head']:.3g} attention edges per query per head" in str(sparse)
+    assert str(sparse) in sparse._repr_html_()
+    assert "untrained" in str(gates_only(fe.load(bases["llama"], probes=False), 0.0))
+
+
+@pytest.mark.stays
+def test_pushing_uploads_what_saving_writes(run, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repository, **options):
+            calls.append((repository, options))
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls.append(repo_id)
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    _, sparse = run
+    assert sparse.push_to_hub("me/sparse") == "https://huggingface.co/me/sparse"
+    assert calls == [("me/sparse", {"private": True, "exist_ok": True}), "me/sparse"]
+    saved = sparse.save(tmp_path / "saved")
+    files = sorted(str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file())
+    assert files == sorted(str(p.relative_to(tmp_path / "hub")) for p in (tmp_path / "hub").rglob("*") if p.is_file())
+    timed = {"manifest.json", str(Path("control") / "manifest.json")}  # they state when they were written
+    _, differ, lost = filecmp.cmpfiles(saved, tmp_path / "hub", [f for f in files if f not in timed], shallow=False)
+    assert (differ, lost) == ([], [])
+    assert torch.equal(logits(fe.load(tmp_path / "hub").model), logits(sparse.model))
+
+
+# -- gates without training ------------------------------------------------------------------------------------
+
+
+def by_hand(bias):
+    """Constant gates written out: softmax over all allowed keys, times score + bias > 0."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = torch.einsum("bhqe,bhke->bhqk", query, key) * scaling
+        allowed = allowed_keys(attention_mask, key.shape[-2])
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        weights = torch.where(scores + bias > 0, weights, 0.0)
+        return torch.einsum("bhqk,bhke->bqhe", weights, value), None
+
+    return attend
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("bias", [0.0, 0.7, -0.4])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gates_only_equals_constant_gates_made_by_hand(bases, name, bias):
+    dense = fe.load(bases[name], probes=False)
+    sparse = fe.load(bases[name], gate_bias=bias)
+    assert isinstance(sparse, Sparse)
+    register("by-hand", by_hand(bias))
+    with attention_by(dense.model, "by-hand"):
+        wanted = logits(dense.model)
+    scale = float(wanted.abs().max())
+    assert float((logits(sparse.model) - wanted).abs().max()) / scale < 1e-6  # measured 0; einsum may round once elsewhere
+    assert float((logits(sparse.model) - logits(dense.model)).abs().max()) / scale > 1e-2
+    assert set(gate_biases(sparse.model, dense.anatomy).flatten().tolist()) == {torch.tensor(bias).item()}
+    assert [n for n, p in sparse.model.named_parameters() if n.endswith("gate_bias") and p.requires_grad] == []
+
+
+@pytest.mark.reproduces
+def test_gates_without_training_can_be_saved_and_loaded(bases, tmp_path):
+    sparse = gates_only(fe.load(bases["gpt2"], probes=False), 0.3)
+    sparse.save(tmp_path)
+    assert torch.equal(logits(fe.load(tmp_path).model), logits(sparse.model))
