@@ -1,4 +1,6 @@
-"""Training throughput on random weights of SmolLM2-135M's shape: tokens/s by kernel (graph: the fused kernel, steps replayed as a CUDA graph) and batch size.
+"""Training throughput on random weights of SmolLM2-135M's shape: tokens/s by kernel and batch size.
+
+`graph` is the fused kernel with each step replayed as one CUDA graph.
 
     python scripts/throughput.py --device cuda --out results/throughput.json
 
@@ -8,6 +10,7 @@ rank 32, bf16, KL to the dense model included; median tokens/s.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -53,7 +56,7 @@ def throughput(dense, recipe):
         marks.append(time.perf_counter())
 
     post_train(dense, recipe, Noise(), watch=mark)
-    spans = [b - a for a, b in zip(marks[5:], marks[6:], strict=False)]
+    spans = [b - a for a, b in itertools.pairwise(marks[5:])]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {"tokens_per_second": recipe.tokens_per_step / statistics.median(spans), "peak_gib": peak}
 
@@ -70,7 +73,9 @@ def main():
     config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": args.layers})
     model = transformers.LlamaForCausalLM(config).to(args.device).eval().requires_grad_(False)
     dense = Loaded(name="random", model=model, tokenizer=None, anatomy=anatomy(model))
-    base = SparseAttention(train="lora", learning_rate=1e-3, lora_rank=32, steps=args.steps, log_every=1, precision="bf16")
+    base = SparseAttention(
+        train="lora", learning_rate=1e-3, lora_rank=32, steps=args.steps, log_every=1, precision="bf16"
+    )
     rows = []
     for what in args.what:
         how, batch = what.split(":")

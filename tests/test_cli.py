@@ -1,4 +1,7 @@
-"""The command line: help one can trust, exit codes one can script, json whose keys stay. Six tests start a process."""
+"""The command line: help one can trust, exit codes one can script, json whose keys stay.
+
+Five processes are started in all; the rest calls `main`.
+"""
 
 import functools
 import inspect

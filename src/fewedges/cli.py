@@ -94,7 +94,7 @@ def sparsify(
     Example: fewedges sparsify smollm2 --data my_text/ --steps 2000 --out runs/sparse
 
     Args:
-        model: Hub id, folder, .gguf file, `smollm2` or `addition`.
+        model: Hub id, folder, .gguf file, `smollm2`, `addition`, or a sparse run to make sparser.
         out: Folder of the run: checkpoints, log.jsonl, curve, and the result.
         data: Text file, folder of text, or a hub dataset; `addition` needs none.
         recipe: YAML file of settings; flags override it.
@@ -106,14 +106,14 @@ def sparsify(
         dry_run: Load the model, resolve the recipe, print both, train nothing.
         json: Print one json object at the end.
     """
-    from fewedges.model.loading import load
     from fewedges.sparsify.attention import result
 
     if not settings.has_budget():
         raise RecipeError("fewedges sparsify", "no budget", "--steps 2000, --tokens 50000000 or --minutes 30")
-    dense = load(model, device=device)
+    given = result.load(model, device=device)
+    dense = given.dense if isinstance(given, result.Sparse) else given
     if dry_run:
-        print(f"{dense}\n\n{to_dict(settings)}\n\nwould write to {out}")
+        print(f"{given}\n\n{to_dict(settings)}\n\nwould write to {out}")
         return
     options: dict[str, Any] = {
         "out": out,
@@ -122,7 +122,7 @@ def sparsify(
         "pause_minutes": pause_minutes,
     }
     with _progress(quiet=json) as watch:
-        sparse = result.sparsify(dense, settings, data=data, watch=watch, **options)
+        sparse = result.sparsify(given, settings, data=data, watch=watch, **options)
     pictures = _curve(sparse.records, dense, settings, out)
     if json:
         _print_json({"finished": sparse.finished, "last": sparse.records[-1], "files": [str(p) for p in pictures]})

@@ -120,7 +120,7 @@ class SparseAttention:
         _check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
         _check(self, "kl_margin seed", lambda x: x >= 0, "at least 0")
         _check(self, "loss_margin bias_start", lambda x: True, "that is a finite number")
-        _check(self, "graph", lambda x: True, "true or false")
+        _check(self, "graph cooling", lambda x: True, "true or false")
         _check(self, "layer_weights head_weights", lambda xs: all(x >= 0 for x in xs), "at least 0")
         _check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
         for name, choices in _choices(self):

@@ -154,7 +154,7 @@ def _watching(model: nn.Module, calls: list[_Call], used: list[nn.Module]) -> It
         if calls and any(module is child for child in calls[-1].module.modules()):
             calls[-1].after.append(module)
 
-    matrices = [m for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
+    matrices = [m for m in model.modules() if torch.is_tensor(w := getattr(m, "weight", None)) and w.dim() == 2]
     with ExitStack() as stack:
         for module in matrices:
             stack.callback(module.register_forward_hook(note).remove)

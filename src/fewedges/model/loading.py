@@ -127,9 +127,8 @@ def _from_pretrained(name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
 
     asked = f"load {name}"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
-        )
+        options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False, **kwargs}
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)  # type: ignore[misc]
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         hint = "a hub id that can be reached, a folder with config.json and model.safetensors, `smollm2` or `addition`"
         raise ModelError(asked, f"{type(error).__name__}: {_first_line(error)}", hint) from error

@@ -400,7 +400,9 @@ def test_gates_only_equals_constant_gates_made_by_hand(bases, name, bias):
     with attention_by(dense.model, "by-hand"):
         wanted = logits(dense.model)
     scale = float(wanted.abs().max())
-    assert float((logits(sparse.model) - wanted).abs().max()) / scale < 1e-6  # measured 0; einsum may round once elsewhere
+    assert (
+        float((logits(sparse.model) - wanted).abs().max()) / scale < 1e-6
+    )  # measured 0; einsum may round once elsewhere
     assert float((logits(sparse.model) - logits(dense.model)).abs().max()) / scale > 1e-2
     assert set(gate_biases(sparse.model, dense.anatomy).flatten().tolist()) == {torch.tensor(bias).item()}
     assert [n for n, p in sparse.model.named_parameters() if n.endswith("gate_bias") and p.requires_grad] == []

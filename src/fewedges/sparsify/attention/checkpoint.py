@@ -46,6 +46,7 @@ def save_checkpoint(run: "Run") -> None:
         "data": run.data.describe(),
         "base": run.dense.name,
         "gated": run.gated,
+        "start": run.start,
         "step": run.step,
         "seconds": run.seconds,
         "micro_batch": run.micro_batch,
@@ -79,8 +80,9 @@ def load_checkpoint(run: "Run", folder: Path) -> None:
 
 
 def _check_same_run(run: "Run", folder: Path, facts: dict[str, Any]) -> None:
-    now = {"base": run.dense.name, "gated": run.gated, "data": run.data.describe(), **to_dict(run.recipe)}
-    then = {"base": facts["base"], "gated": facts["gated"], "data": facts["data"], **facts["recipe"]}
+    mine = {"base": run.dense.name, "gated": run.gated, "start": run.start, "data": run.data.describe()}
+    now = {**mine, **to_dict(run.recipe)}
+    then = {**{name: facts[name] for name in mine}, **facts["recipe"]}
     for name in now:
         if name not in MAY_CHANGE and json.dumps(now[name]) != json.dumps(then.get(name)):
             found = f"it was started with {name}={then.get(name)!r}, now {now[name]!r}"

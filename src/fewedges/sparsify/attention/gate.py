@@ -14,6 +14,7 @@ gate gives output 0: a head that says nothing costs nothing.
 Shapes: B batch, H head, Q query, K key, E head width; keys and values may have fewer heads (GQA).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def gated_attention(
 def gates(logits: Float[Tensor, "B H Q K"], gating: Gating) -> Float[Tensor, "B H Q K"]:
     """The 0/1 gates of these logits G; straight-through: their gradient is that of sigmoid(G + noise)."""
     if gating.sample:
-        uniform = uniform_noise(gating.seed, tuple(logits.shape), logits.device)
+        uniform = uniform_noise(gating.seed, logits.shape, logits.device)
         logits = logits + logistic_noise(uniform).to(logits.dtype)
     hard = (logits > 0).to(logits.dtype)
     if not (gating.sample or gating.straight_through):
@@ -92,9 +93,7 @@ GOLDEN = 0x9E3779B9
 HASH_1, HASH_2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" multipliers (C. Wellons, 2018, public domain)
 
 
-def uniform_noise(
-    seed: int | Tensor, shape: tuple[int, int, int, int], device: torch.device
-) -> Float[Tensor, "B H Q K"]:
+def uniform_noise(seed: int | Tensor, shape: Sequence[int], device: torch.device) -> Float[Tensor, "B H Q K"]:
     """Uniform (0, 1) numbers with 23 bits, never 0 or 1, for entry (b, h, i, j) of `shape` = (B, H, Q, K).
 
     row = mix(mix(seed) ^ ((b * H + h) * Q + i)),   u = (mix(row + j * GOLDEN) >> 9 + 1/2) / 2^23,

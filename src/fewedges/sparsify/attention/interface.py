@@ -106,7 +106,7 @@ def gated_forward(
     """Attend through gates, in the AttentionInterface's signature; without a `gate_pass`, hard gates."""
     run = GatePass() if gate_pass is None else gate_pass
     layer: int = module.layer_idx  # type: ignore[assignment]
-    bias = module.gate_bias + run.offset  # (H,)
+    bias: Tensor = module.gate_bias + run.offset  # type: ignore[operator]  # (H,)
     bias = torch.full_like(bias, OPEN_BIAS) if run.open_all else bias
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if run.kernel == "triton":

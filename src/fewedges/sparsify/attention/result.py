@@ -79,7 +79,7 @@ class Sparse:
 
 
 def sparsify(
-    dense: Loaded,
+    model: "Loaded | Sparse",
     recipe: SparseAttention | None = None,
     *,
     data: str | Path | Batches | None = None,
@@ -89,7 +89,7 @@ def sparsify(
     pause_minutes: float | None = None,
     watch: Callable[[Record], None] | None = None,
 ) -> Sparse:
-    """Post-train a sparse copy of `dense`; `dense` itself is left alone.
+    """Post-train a sparse copy of a dense model, or of a sparse one to make it sparser; `model` is left alone.
 
     `data` is a text file, folder or hub dataset (read with at most `max_tokens`), or any source of batches;
     "addition" needs none. With `out`, the run checkpoints there, resumes from there, and its result is saved there.
@@ -99,13 +99,14 @@ def sparsify(
     recipe = SparseAttention(steps=1000) if recipe is None else recipe
     if not recipe.has_budget():
         raise RecipeError("sparsify", "the recipe has no budget", "steps=, tokens= or minutes=")
+    dense, starts = _origin(model, control)
     if (dtype := next(dense.model.parameters()).dtype).itemsize < 4:
         hint = "the float32 model, and precision=bf16 in the recipe to compute in bfloat16"
         raise ModelError(f"sparsify {dense.name}", f"its weights are {dtype} in memory", hint)
     batches = training_data(dense, recipe, data, max_tokens)
     folder = Path(out) if out is not None else None
     options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
-    result = post_train(dense, recipe, batches, folder=folder, **options)
+    result = post_train(dense, recipe, batches, folder=folder, start=starts["sparse"], **options)
     sparse = Sparse(
         loaded=dense.with_model(_on_base(dense, recipe, result.model)),
         dense=dense,
@@ -116,7 +117,7 @@ def sparsify(
     )
     if control and result.finished:
         beside = folder / "control" if folder is not None else None
-        twin = post_train(dense, recipe, batches, folder=beside, control=True, **options)
+        twin = post_train(dense, recipe, batches, folder=beside, control=True, start=starts["control"], **options)
         sparse = _with(sparse, control=dense.with_model(_on_base(dense, recipe, twin.model)), finished=twin.finished)
     if folder is not None:
         sparse.save(folder)
@@ -124,8 +125,21 @@ def sparsify(
     return sparse
 
 
+def _origin(model: "Loaded | Sparse", control: bool) -> tuple[Loaded, dict[str, Any]]:
+    """The dense model, and what the sparse copy and its control begin with where that is not the dense model."""
+    if isinstance(model, Loaded):
+        return model, {"sparse": None, "control": None}
+    if control and model.control is None:
+        found = "the run it starts from has no control, so the control would miss its steps"
+        raise RecipeError("sparsify with a control", found, "a run made with control, or no control")
+    return model.dense, {"sparse": model.model, "control": model.control and model.control.model}
+
+
 def _on_base(dense: Loaded, recipe: SparseAttention, student: Any) -> Any:
-    """The trained model on the base as it was given: a bf16 run trains on a bf16 copy of it."""
+    """The trained model on the base as it was given (a bf16 run trains on a bf16 copy), as it will be on disk."""
+    saved = getattr(torch, recipe.saved)
+    for tensor in trained_weights(student).values():
+        tensor.copy_(tensor.to(saved))
     if next(student.parameters()).dtype == next(dense.model.parameters()).dtype:
         return student
     gates = is_gated(student)

@@ -4,6 +4,7 @@ What stays frozen is shared with the dense model, not copied: LoRA on a 7B model
 """
 
 import copy
+import hashlib
 from typing import Any
 
 import torch
@@ -41,6 +42,19 @@ def at_precision(dense: Loaded, recipe: SparseAttention) -> Loaded:
 def trained(model: Any) -> dict[str, nn.Parameter]:
     """Everything that moves, by name: weights or adapters, and learned gate biases."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def start_from_(student: Any, model: Any) -> str:
+    """Copy everything that moves from a model trained by the same kind of recipe; return the sha256 of it."""
+    values, targets = trained(model), trained(student)
+    if odd := sorted(set(values) ^ set(targets)) or [n for n in values if values[n].shape != targets[n].shape]:
+        raise RecipeError("start from a trained model", f"{odd[0]} is trained in one of them only", "its own recipe")
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name in sorted(values):
+            targets[name].copy_(values[name])
+            digest.update(name.encode() + values[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def put_back_(model: Any, weights: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from fewedges.sparsify.attention.checkpoint import load_checkpoint, read_log, sa
 from fewedges.sparsify.attention.constraint import Multiplier
 from fewedges.sparsify.attention.interface import FUSED
 from fewedges.sparsify.attention.objective import NAMES, Graph, Inputs, Objective
-from fewedges.sparsify.attention.student import at_precision, make_student, trained
+from fewedges.sparsify.attention.student import at_precision, make_student, start_from_, trained
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Run:
     multiplier: Multiplier
     folder: Path | None = None
     gated: bool = True
+    start: str | None = None
+    """sha256 of the weights it began with, where those are not the dense model's."""
     step: int = 0
     seconds: float = 0.0
     micro_batch: int = 0
@@ -87,15 +89,17 @@ def post_train(
     *,
     folder: Path | None = None,
     control: bool = False,
+    start: Any = None,
     pause_minutes: float | None = None,
     watch: Callable[[Record], None] | None = None,
 ) -> Trained:
     """Train a sparse copy of `dense` (or, with `control`, a copy without gates on the same data and steps).
 
-    `folder` keeps checkpoints and log.jsonl; a run found there is resumed. `pause_minutes` ends this piece of work
+    `folder` keeps checkpoints and log.jsonl; a run found there is resumed. `start` is a model, trained earlier by the
+    same kind of recipe, whose weights the run begins with. `pause_minutes` ends this piece of work
     early. Raises Interrupted after SIGINT or SIGTERM (state saved), TrainingError on NaN, inf or lack of memory.
     """
-    run = _start(dense, recipe, data, folder, gated=not control)
+    run = _start(dense, recipe, data, folder, gated=not control, start=start)
     began, piece = time.monotonic() - run.seconds, time.monotonic()
     with _signals() as arrived, _attention(run):
         while run.progress() < 1:
@@ -124,7 +128,9 @@ def _attention(run: Run) -> Iterator[None]:
         yield
 
 
-def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path | None, *, gated: bool) -> Run:
+def _start(
+    dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path | None, *, gated: bool, start: Any = None
+) -> Run:
     from accelerate import Accelerator
 
     dense = at_precision(dense, recipe)
@@ -141,6 +147,7 @@ def _start(dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path |
         multiplier=Multiplier(recipe.multiplier_start),
         folder=folder,
         gated=gated,
+        start=None if start is None else start_from_(student, start),
         micro_batch=recipe.micro_batch or recipe.batch_size,
     )
     if folder is not None and store.is_stored(folder / "checkpoint"):
@@ -207,12 +214,16 @@ def _inputs(run: Run, batch: Batch) -> Iterator[Inputs]:
     total = int(batch.counts[:, 1:].sum())
     for part, start in enumerate(range(0, len(batch.tokens), run.micro_batch)):
         rows = slice(start, start + run.micro_batch)
-        numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), price(run))
+        numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), price(run), annealed(run.recipe, run.step))
+        total_, share, price_, offset = torch.tensor(numbers, dtype=torch.float32).to(device).unbind()
         given = Inputs(
-            batch.tokens[rows].to(device),
-            batch.counts[rows].to(device),
-            *(torch.tensor(x, dtype=torch.float32, device=device) for x in (*numbers, annealed(run.recipe, run.step))),
-            torch.tensor(noise_seed(run.recipe.seed, run.step, part), dtype=torch.int32, device=device),
+            tokens=batch.tokens[rows].to(device),
+            counts=batch.counts[rows].to(device),
+            total=total_,
+            share=share,
+            price=price_,
+            offset=offset,
+            seed=torch.tensor(noise_seed(run.recipe.seed, run.step, part), dtype=torch.int32, device=device),
         )
         if run.recipe.graph and run.graph is None and run.micro_batch == run.recipe.batch_size:
             run.graph = Graph(run.objective, given, list(trained(run.student).values()))
