@@ -187,7 +187,9 @@ def draw(
     *,
     prompt: str,
     out: Path = Path("pictures"),
+    name: str = "prompt",
     theme: Literal["light", "dark"] = "light",
+    hide_first: bool = False,
     gate_bias: float | None = None,
     device: str = "cpu",
     json: bool = False,
@@ -200,7 +202,9 @@ def draw(
         run: Folder of a sparse run, or any dense model.
         prompt: The text to look at.
         out: Folder for the SVG and PNG files.
+        name: Part of the file names.
         theme: Light or dark background.
+        hide_first: Leave edges to the first token out of the connectivity: attention sinks that cover the rest.
         gate_bias: Look at a dense checkpoint through constant gates.
         device: cpu or cuda.
         json: Print the list of files as json.
@@ -209,7 +213,7 @@ def draw(
     from fewedges.sparsify.attention.result import Sparse, load
 
     what = load(run, gate_bias=gate_bias, device=device, probes=False)
-    files = draw_prompt(what, prompt, out, theme=theme)
+    files = draw_prompt(what, prompt, out, name=name, theme=theme, hide_first=hide_first)
     if isinstance(what, Sparse) and what.records:
         files += _curve(what.records, what.dense, what.recipe, out, theme)
     _print_json([str(path) for path in files]) if json else print(*files, sep="\n")
@@ -242,6 +246,14 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, RecipeError) else 1
+    except Exception as error:  # a bug, or a library's own complaint
+        if debug:
+            raise
+        print(
+            f"error: {type(error).__name__}: {error}. Try: the same command with --debug, and report it",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -307,7 +319,7 @@ def _line(record: dict[str, Any]) -> str:
 def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, theme: str = "light") -> list[Path]:
     from fewedges.draw import save, training_curve
 
-    length = 10 if dense.name == "addition" else recipe.context_length
+    length = min(recipe.context_length, dense.anatomy.positions or recipe.context_length)
     known = [{**record, "dense_edges": (length + 1) / 2} for record in records]
     return save(training_curve(known, title=f"Sparse {dense.name}", theme=theme), out / "curve")
 

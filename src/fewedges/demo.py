@@ -83,15 +83,29 @@ def _draw_all(sparse: Any, out: Path) -> list[Path]:
     return files
 
 
-def draw_prompt(what: Any, prompt: str, out: Path, *, name: str = "prompt", theme: str = "light") -> list[Path]:
-    """Write connectivity and attention maps of a prompt, every model side by side; return the files."""
+def draw_prompt(
+    what: Any, prompt: str, out: Path, *, name: str = "prompt", theme: str = "light", hide_first: bool = False
+) -> list[Path]:
+    """Write connectivity and attention maps of a prompt, every model side by side; return the files.
+
+    With `hide_first`, edges from later tokens to the first one (attention sinks) are left out of the connectivity.
+    """
     from fewedges.draw import connectivity, heads, panels, save
     from fewedges.measure.attention import attention
 
-    shown = panels(attention(what, prompt))
+    maps = attention(what, prompt)
+    title = " ".join(prompt.split())[:90]
+    lines = {label: _without_first(found) for label, found in maps.items()} if hide_first else maps
+    note = " (edges to the first token not drawn)" if hide_first else ""
     out.mkdir(parents=True, exist_ok=True)
-    files = save(connectivity(shown, title=prompt, theme=theme), out / f"connectivity-{name}-{theme}")
-    return files + save(heads(shown, theme=theme), out / f"heads-{name}-{theme}")
+    files = save(connectivity(panels(lines), title=title + note, theme=theme), out / f"connectivity-{name}-{theme}")
+    return files + save(heads(panels(maps), theme=theme), out / f"heads-{name}-{theme}")
+
+
+def _without_first(found: Any) -> Any:
+    weights, opened = found.weights.copy(), found.open.copy()
+    weights[:, :, 1:, 0], opened[:, :, 1:, 0] = 0.0, False
+    return found._replace(weights=weights, open=opened)
 
 
 def _summary(report: Any, seconds: float, files: list[Path]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
 from fewedges.data import addition
 from fewedges.errors import DataError
 from fewedges.measure.quality import (
@@ -24,6 +23,7 @@ from fewedges.measure.quality import (
 )
 from fewedges.model.anatomy import anatomy
 from fewedges.sparsify.attention.interface import GatePass, attach_
+from tiny import tiny_model
 
 LENGTH = 7
 CLOSE = 4e-7  # float32 means of about 4 nats; measured at most 1.9e-7

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import fewedges as fe
-from conftest import tiny_loaded, tiny_model
 from fewedges.data import addition as sums
 from fewedges.data.text import token_stream
 from fewedges.errors import DataError
 from fewedges.measure.quality import Protocol, score_tokens, windows_of
 from fewedges.measure.report import COLUMNS, Report, default_protocol, models_of, table
 from fewedges.sparsify.attention.result import gates_only
+from tiny import tiny_loaded, tiny_model
 
 LENGTH = 8
 ROW = {"cross_entropy", "perplexity", "edges_per_query_per_head", "density"}

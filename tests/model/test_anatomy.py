@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from conftest import SUPPORTED, TINY, configs, tiny_model
 from fewedges.errors import ModelError, ProbeError
 from fewedges.model.anatomy import anatomy, example_tokens, plain
 from fewedges.model.attention import attention_by
 from fewedges.model.probes import check
+from tiny import SUPPORTED, TINY, configs, tiny_model
 
 LLAMA = ("model.layers.{}.self_attn", ("q_proj", "k_proj", "v_proj"), ("o_proj",))
 PATHS = {

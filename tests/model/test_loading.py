@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SUPPORTED, tiny_model
 from fewedges.data import addition
 from fewedges.errors import FewedgesError, ModelError, ProbeError
 from fewedges.model import loading
 from fewedges.model.anatomy import anatomy
 from fewedges.model.loading import check_tokenizer, fingerprint, get_smollm2, load
 from fewedges.sparsify.attention.interface import attach_
+from tiny import SUPPORTED, tiny_model
 
 
 @pytest.fixture(scope="module")

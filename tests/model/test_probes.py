@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from conftest import SUPPORTED, tiny_model
 from fewedges.errors import ProbeError
 from fewedges.model import probes
 from fewedges.model.anatomy import anatomy
 from fewedges.model.attention import boolean_mask, dense_attention, register
 from fewedges.model.probes import allowance, check
 from fewedges.sparsify.attention.interface import GATED, GatePass, attach_, gated_forward
+from tiny import SUPPORTED, tiny_model
 
 PROBES = ["finite", "called", "causal", "padding", "decode", "dense_equal"]
 ROUNDING = 4e-6  # measured: at most 1.1e-6 (Gemma 3), at logits of up to 2.7

@@ -87,6 +87,11 @@ class Sums:
     tokens: Int[Tensor, "N 10"] = field(default_factory=lambda: split().train, repr=False)
     """The problems to draw from: those to train on, unless told otherwise."""
 
+    @property
+    def context_length(self) -> int:
+        """T, tokens of a problem."""
+        return LENGTH
+
     def at(self, step: int, size: int) -> Batch:
         """Return batch number `step` of `size` problems; each epoch reads every problem once."""
         if step < 0 or size < 1:

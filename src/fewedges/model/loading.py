@@ -127,8 +127,9 @@ def _from_pretrained(name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
 
     asked = f"load {name}"
     try:
-        options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False, **kwargs}
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)  # type: ignore[misc]
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **kwargs}
+        found: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+        model, report = found
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         hint = "a hub id that can be reached, a folder with config.json and model.safetensors, `smollm2` or `addition`"
         raise ModelError(asked, f"{type(error).__name__}: {_first_line(error)}", hint) from error

@@ -58,10 +58,12 @@ class _Losses(torch.autograd.Function):
             rows = slice(start, start + windows)
             weight = counts[rows, 1:].to(sums.dtype) / divisor  # (b, T-1)
             part = (student[rows, :-1], dense[rows, :-1], tokens[rows, 1:], weight)
+            if gradient is None:
+                sums += _sums(*part)[0]
+                continue
             now, slope = compare(*part, kl_weight, loss_weight)
             sums += now
-            if gradient is not None:
-                gradient[rows, :-1] = slope.to(gradient.dtype)
+            gradient[rows, :-1] = slope.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         kl, cross_entropy, dense_cross_entropy = sums.unbind()
         objective = kl_weight * kl + loss_weight * cross_entropy
@@ -78,19 +80,27 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _sums(
+    student: Tensor, dense: Tensor, targets: Tensor, weight: Tensor
+) -> tuple[Float[Tensor, "3"], Float[Tensor, "B T V"], Float[Tensor, "B T V"]]:
+    """Weighted sums of KL, cross-entropy and dense cross-entropy, and both models' log-probabilities."""
+    log_q, log_p = torch.log_softmax(_wide(student), -1), torch.log_softmax(_wide(dense), -1)
+    at = targets[..., None]
+    kl = (weight * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+    cross_entropy = -(weight * log_q.gather(-1, at)[..., 0]).sum()
+    dense_cross_entropy = -(weight * log_p.gather(-1, at)[..., 0]).sum()
+    return torch.stack([kl, cross_entropy, dense_cross_entropy]), log_q, log_p
+
+
 def _compare(
     student: Tensor, dense: Tensor, targets: Tensor, weight: Tensor, kl_weight: float, loss_weight: float
 ) -> tuple[Float[Tensor, "3"], Float[Tensor, "B T V"]]:
-    """Weighted sums of KL, cross-entropy, dense cross-entropy, and the objective's slope in the student's logits."""
-    log_q, log_p = torch.log_softmax(_wide(student), -1), torch.log_softmax(_wide(dense), -1)
-    at = targets[..., None]
+    """The sums, and the objective's slope in the student's logits."""
+    sums, log_q, log_p = _sums(student, dense, targets, weight)
     q, p = log_q.exp(), log_p.exp()
-    kl = (weight * (p * (log_p - log_q)).sum(-1)).sum()
-    cross_entropy = -(weight * log_q.gather(-1, at)[..., 0]).sum()
-    dense_cross_entropy = -(weight * log_p.gather(-1, at)[..., 0]).sum()
-    onehot = torch.arange(q.shape[-1], device=q.device) == at
-    slope = ((kl_weight + loss_weight) * q - kl_weight * p - loss_weight * onehot.to(q.dtype)) * weight[..., None]
-    return torch.stack([kl, cross_entropy, dense_cross_entropy]), slope
+    onehot = torch.arange(q.shape[-1], device=q.device) == targets[..., None]
+    slope = (kl_weight + loss_weight) * q - kl_weight * p - loss_weight * onehot.to(q.dtype)
+    return sums, slope * weight[..., None]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from statistics import median
 import pytest
 import torch
 
-from conftest import SUPPORTED, tiny_loaded, tiny_model
 from fewedges.data import addition
 from fewedges.errors import ModelError, ProbeError
 from fewedges.model.anatomy import anatomy
@@ -20,6 +19,7 @@ from fewedges.sparsify.attention.interface import (
     gated_maps,
     is_gated,
 )
+from tiny import SUPPORTED, tiny_loaded, tiny_model
 
 PROMPTS = 3
 LENGTH = 9
@@ -69,7 +69,7 @@ def test_open_gates_give_the_dense_logits_to_1e_6(name, how):
     """Weights as transformers draws them; conftest's are 6 times that, see the next test."""
     import transformers as tf
 
-    from conftest import configs
+    from tiny import configs
 
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(configs()[name]).eval()

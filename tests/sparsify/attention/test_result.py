@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 import fewedges as fe
-from conftest import NoiseBatches, tiny_loaded, tiny_model
 from fewedges import store
 from fewedges.data.addition import Sums, tokenizer
 from fewedges.errors import FewedgesError, ModelError, RecipeError, StoreError
@@ -21,6 +20,7 @@ from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention import result
 from fewedges.sparsify.attention.interface import gate_biases, is_gated
 from fewedges.sparsify.attention.result import Sparse, gates_only, training_data
+from tiny import NoiseBatches, tiny_loaded, tiny_model
 
 TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(9))
 
@@ -413,3 +413,27 @@ def test_gates_without_training_can_be_saved_and_loaded(bases, tmp_path):
     sparse = gates_only(fe.load(bases["gpt2"], probes=False), 0.3)
     sparse.save(tmp_path)
     assert torch.equal(logits(fe.load(tmp_path).model), logits(sparse.model))
+
+
+@pytest.mark.reproduces
+def test_a_run_can_start_from_a_sparse_one_and_resumes_only_as_that(tmp_path):
+    dense, batches = tiny_loaded(), NoiseBatches()
+    first = fe.sparsify(dense, recipe(steps=3), data=batches, control=True)
+    still = recipe(steps=1, learning_rate=1e-9, bias_learning_rate=1e-9)
+    second = fe.sparsify(first, still, data=batches, control=True, out=tmp_path)
+    for name in ("loaded", "control"):  # one step at 1e-9: measured 1.3e-6
+        old, new = (getattr(run, name).model for run in (first, second))
+        torch.testing.assert_close(logits(new), logits(old), atol=5e-6, rtol=0)
+    assert not torch.equal(logits(second.model), logits(dense.model))
+    with pytest.raises(StoreError, match="start"):
+        fe.sparsify(dense, still, data=batches, out=tmp_path)
+
+
+@pytest.mark.survives
+def test_starting_from_another_kind_of_recipe_or_without_the_control_is_refused():
+    dense, batches = tiny_loaded(), NoiseBatches()
+    first = fe.sparsify(dense, recipe(steps=1), data=batches)
+    with pytest.raises(RecipeError, match="trained in one of them only"):
+        fe.sparsify(first, recipe(steps=1, train="lora", lora_rank=2), data=batches)
+    with pytest.raises(RecipeError, match="control"):
+        fe.sparsify(first, recipe(steps=1), data=batches, control=True)

@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from conftest import SUPPORTED, NoiseBatches, tiny_loaded
 from fewedges.errors import RecipeError
 from fewedges.model.anatomy import plain
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import GatePass, is_gated
 from fewedges.sparsify.attention.student import at_precision, make_student, put_back_, trained, trained_weights
 from fewedges.sparsify.distilling import losses
+from tiny import SUPPORTED, NoiseBatches, tiny_loaded
 
 ATTENTION = {"gpt2": ("c_attn", "attn.c_proj"), "phi3": ("qkv_proj", "o_proj")}
 ATTENTION |= {"gpt-neox": ("query_key_value", "dense"), "opt": ("q_proj", "k_proj", "v_proj", "out_proj")}

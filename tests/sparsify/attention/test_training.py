@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NoiseBatches, tiny_loaded
 from fewedges import cli, store
 from fewedges.data.text import Text
 from fewedges.errors import Interrupted, RecipeError, StoreError, TrainingError
@@ -26,6 +25,7 @@ from fewedges.sparsify.attention.interface import is_gated
 from fewedges.sparsify.attention.objective import priced_edges
 from fewedges.sparsify.attention.student import trained
 from fewedges.sparsify.attention.training import annealed, learning_rate_factor, noise_seed, post_train
+from tiny import NoiseBatches, tiny_loaded
 
 CLOCK = ("seconds", "tokens_per_second")
 
@@ -517,7 +517,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path, monk
     post_train(dense(), recipe(batch_size=8), NoiseBatches(), folder=tmp_path / "halved")
     assert tried[:6] == [(0, 8), (0, 4), (0, 2), (0, 2), (0, 2), (0, 2)]
     assert {size for step, size in tried if step > 0} == {2}
-    assert [record.message for record in caplog.records] == [
+    assert [text for record in caplog.records if "memory" in (text := record.message)] == [
         "out of memory: micro_batch is now 4, batch_size stays 8",
         "out of memory: micro_batch is now 2, batch_size stays 8",
     ]
@@ -755,3 +755,9 @@ def test_the_control_has_no_gates_and_reads_the_same_data():
     assert control.records[0]["dense_cross_entropy"] == sparse.records[0]["dense_cross_entropy"]
     assert control.records[0]["kl"] == pytest.approx(0, abs=4e-7)  # measured 0 to 1e-7: it starts as the dense model
     assert sparse.records[0]["kl"] > 0.01
+
+
+@pytest.mark.says
+def test_a_text_the_dense_model_cannot_read_is_pointed_out(caplog):
+    post_train(tiny_loaded("llama"), SparseAttention(steps=1, batch_size=2, context_length=12), NoiseBatches())
+    assert "near chance" in caplog.text

@@ -63,7 +63,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens read so far."""
-        return self.step * self.recipe.tokens_per_step
+        return self.step * self.recipe.batch_size * getattr(self.data, "context_length", self.recipe.context_length)
 
     def progress(self) -> float:
         """Fraction of the budget used, the largest over its kinds."""
@@ -170,6 +170,8 @@ def _step(run: Run) -> Record:
     parameters = list(trained(run.student).values())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     values = dict(zip((*sums, "gradient_norm"), torch.stack([*sums.values(), norm.detach()]).tolist(), strict=True))
+    if run.step == 0:
+        _warn_near_chance(run, values["dense_cross_entropy"])
     _check_finite(run, values)  # before clipping, which would spread one NaN over all gradients
     torch.nn.utils.clip_grads_with_norm_(parameters, run.recipe.clip, norm)
     run.optimizer.step()
@@ -272,6 +274,14 @@ def _optimizer(student: Any, recipe: SparseAttention) -> torch.optim.AdamW:
     ]
     on_gpu = next(student.parameters()).is_cuda
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.adam_betas, fused=on_gpu)
+
+
+def _warn_near_chance(run: Run, dense_cross_entropy: float) -> None:
+    """Say so when the dense model cannot read this text: nothing learned from it would mean anything."""
+    chance = math.log(run.dense.anatomy.vocabulary)
+    if dense_cross_entropy > 0.9 * chance:
+        found = f"{dense_cross_entropy:.2f} nats per token, chance is {chance:.2f}"
+        log.warning("the dense model predicts this text near chance (%s): wrong tokenizer or text?", found)
 
 
 # -- what is watched -------------------------------------------------------------------------------------------
