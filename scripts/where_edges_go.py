@@ -40,7 +40,8 @@ def main():
     sparse = fe.load(args.run)
     assert not isinstance(sparse, Loaded), "a sparse run"
     text = read_text(args.data, sparse.tokenizer, context_length=512)
-    windows = [torch.from_numpy(text.stream[i * 512 : (i + 1) * 512].astype("int64"))[None] for i in range(args.windows)]
+    ids = torch.from_numpy(text.stream[: args.windows * 512].astype("int64"))
+    windows = ids.view(args.windows, 1, 512)
     kinds = torch.stack([count(sparse, tokens) for tokens in windows]).mean(0)  # (3, L, H)
     names = ("first token", "the query itself", "other tokens")
     result = {name: float(kind.mean()) for name, kind in zip(names, kinds, strict=True)}
