@@ -65,12 +65,13 @@ def info(model: Model, *, device: str = "cpu", json: bool = False) -> None:
         device: cpu or cuda.
         json: Print one json object.
     """
-    from fewedges.sparsify.attention.result import Sparse, load
+    from fewedges.sparsify.attention.result import Sparse, check_sparse, load
 
     found = load(model, device=device)
     dense = found.dense if isinstance(found, Sparse) else found
     if json:
-        _print_json({"name": dense.name, "anatomy": _plain(dense.anatomy), "probes": dense.probes})
+        probes = check_sparse(found) if isinstance(found, Sparse) else dense.probes
+        _print_json({"name": dense.name, "anatomy": _plain(dense.anatomy), "probes": probes})
     else:
         print(dense if found is dense else f"{found}\n\n{dense}")
 
