@@ -50,7 +50,10 @@ def tiny_model(name="llama", seed=0):
     import transformers as tf
 
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(configs()[name]).eval().requires_grad_(False)
+    config = configs()[name]
+    model = tf.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # as fe.load does: transformers 5.17's default drops the softcap
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

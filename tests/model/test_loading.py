@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fewedges.data import addition
 from fewedges.errors import FewedgesError, ModelError, ProbeError
-from fewedges.model import loading
+from fewedges.model import loading, probes
 from fewedges.model.anatomy import anatomy
 from fewedges.model.loading import check_tokenizer, fingerprint, get_smollm2, load
 from fewedges.sparsify.attention.interface import attach_
@@ -393,3 +393,12 @@ def test_a_loaded_model_prints_its_name_anatomy_and_probes(folder):
     assert text.startswith(str(folder))
     assert "2 (" not in text.splitlines()[1]
     assert "probes passed           finite 0.0e+00, causal 0.0e+00, padding" in text
+
+
+@pytest.mark.survives
+def test_a_softcapped_model_is_run_by_attention_that_knows_the_softcap(tmp_path):
+    tiny_model("gemma2").save_pretrained(tmp_path)  # comes back with transformers' own choice of attention
+    addition.tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path, probes=False)
+    assert loaded.model.config._attn_implementation == "eager"
+    assert probes.check(loaded.model, loaded.anatomy)["dense_equal"] == 0

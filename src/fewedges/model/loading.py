@@ -59,6 +59,8 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     model = _placed(name, model, device).eval().requires_grad_(False)
     check_tokenizer(str(name), model, tokenizer)
     body = anatomy(model)
+    if any(layer.softcap for layer in body.layers):
+        model.set_attn_implementation("eager")  # transformers 5.17 runs Gemma 2 by sdpa, which drops the softcap
     return Loaded(
         name=str(name),
         model=model,
