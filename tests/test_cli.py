@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fewedges import cli, demo
@@ -403,3 +404,17 @@ def test_a_dry_run_of_the_demo_prints_its_recipe_and_writes_nothing(tmp_path, ca
     assert "would train the addition model" in said
     assert "'seed': 7" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.matches
+def test_hiding_the_first_token_leaves_out_just_the_edges_of_later_queries_to_it():
+    from fewedges.demo import _without_first
+    from fewedges.model.capture import Maps
+
+    opened = np.tril(np.ones((2, 3, 4, 4), dtype=bool))
+    shown = _without_first(Maps(list("abcd"), opened / 4, opened))
+    gone = opened & ~shown.open
+    assert gone[..., 1:, 0].all()
+    assert gone.sum() == 2 * 3 * 3
+    assert (shown.weights == opened / 4 * shown.open).all()
+    assert opened.sum() == 2 * 3 * 10  # what was given is left alone

@@ -3,7 +3,7 @@
     objective = kl_weight * KL(dense || sparse) + loss_weight * cross-entropy + price * expected edges
 
 All that changes from step to step comes in as tensors (`Inputs`), so that the same code can be captured once and
-replayed. On an H200, SmolLM2-135M at T = 512 spent .28 s a step on launching kernels, whatever the batch size;
+replayed. On an H200, SmolLM2-135M at T = 512 spent .23 to .27 s a step on launching kernels at batch 16 to 64;
 a replay launches once.
 """
 
