@@ -3,7 +3,8 @@
     python benchmarks/attention.py out.csv            # errors, then times, written to out.csv
     python benchmarks/attention.py out.csv --tiles    # first try a few tile shapes, and time with the best
 
-Errors are relative 2-norms against gate.py in float64; beside them those of gate.py in the same dtype. Times
+Errors are relative 2-norms against gate.py in float64, root mean square over five draws (a bias gradient of two heads
+is two numbers: one draw says little); beside them those of gate.py in the same dtype. Times
 are forward + backward by CUDA events, the gradient through the expected edges included; peak memory includes
 the inputs. `sdpa` is torch's flash attention without gates: the floor.
 """
@@ -23,22 +24,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewedges.sparsify.attention import kernel
 from fewedges.sparsify.attention.gate import Gating, gated_attention
 
-CHECKS = [  # B, H, G, T, E, dtype, sample
+CHECKS = [  # B, H, G, T, E, dtype, sample; every second one with a bias per key
+    *((b, h, g, t, e, torch.bfloat16, sample)
+      for b, h, g, t, e in ((1, 4, 4, 1024, 64), (2, 9, 3, 515, 64), (1, 8, 2, 129, 32), (1, 4, 2, 700, 128),
+                            (2, 4, 4, 333, 96), (1, 2, 1, 130, 256), (3, 3, 1, 64, 48))
+      for sample in (True, False)),
+    (1, 4, 4, 1000, 64, torch.float16, True),
+    (1, 4, 2, 333, 96, torch.float16, False),
     (1, 4, 4, 257, 64, torch.float32, True),
     (2, 6, 2, 301, 32, torch.float32, False),
-    (1, 4, 4, 1024, 64, torch.bfloat16, True),
-    (2, 9, 3, 515, 64, torch.bfloat16, True),
-    (2, 9, 3, 512, 64, torch.bfloat16, False),
-    (1, 4, 2, 700, 128, torch.bfloat16, True),
-    (1, 4, 2, 333, 96, torch.float16, True),
-    (1, 2, 1, 130, 256, torch.bfloat16, True),
     (1, 2, 1, 100, 128, torch.float32, True),
-]
+    (2, 4, 2, 211, 64, torch.float32, True),
+]  # fmt: skip
 SHAPES = {  # B, H, G, T, E
     "B16 H12 T1024 E64": (16, 12, 12, 1024, 64),
     "B2 H32 T4096 E64": (2, 32, 32, 4096, 64),
     "B32 H9 G3 T512 E64": (32, 9, 3, 512, 64),
 }
+SEEDS = 5
 NAMES = ("output", "expected", "open", "query", "key", "value", "bias")
 PLAIN_BYTES = 11 * 4  # what gate.py keeps per entry of the (T, T) triangle and its mirror, about
 FORWARD = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 4, 2)]
@@ -67,7 +70,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    sys.exit(0 if worst < 3 else f"the kernel is {worst:.1f} times as wrong as gate.py in the same dtype")
+    sys.exit(0 if worst <= 2 else f"the kernel is {worst:.1f} times as wrong as gate.py in the same dtype")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,12 +81,18 @@ def main() -> None:
 def check() -> float:
     """Print errors of kernel and plain reference; return their worst ratio, errors under 2e-6 forgiven."""
     worst = 0.0
-    for *shape, dtype, sample in CHECKS:
-        tensors = inputs(*shape, dtype=dtype)
-        b, h, _, t, e = shape
-        pulls = [torch.randn(size, device="cuda") for size in ((b, h, t, e), (b, h, t))]
-        exact = gradients(plain(sample), [x.detach().double().requires_grad_() for x in tensors], pulls)
-        ours, same = (errors(gradients(f(sample), tensors, pulls), exact) for f in (fused, plain))
+    for number, (*shape, dtype, sample) in enumerate(CHECKS):
+        ours, same = [], []
+        for seed in range(SEEDS):
+            tensors = inputs(*shape, dtype=dtype, by_key=number % 2 == 1, seed=seed)
+            b, h, _, t, e = shape
+            pulls = [torch.randn(size, device="cuda") for size in ((b, h, t, e), (b, h, t))]
+            exact = gradients(plain(sample), [x.detach().double().requires_grad_() for x in tensors], pulls)
+            ours.append(errors(gradients(fused(sample), tensors, pulls), exact))
+            same.append(errors(gradients(plain(sample), tensors, pulls), exact))
+        ours, same = (
+            [statistics.mean(x**2 for x in xs) ** 0.5 for xs in zip(*rows, strict=True)] for rows in (ours, same)
+        )
         print(*shape, str(dtype).removeprefix("torch."), "sampled" if sample else "hard")
         print("   kernel", *(f"{n} {e:.1e}" for n, e in zip(NAMES, ours, strict=True)))
         print("   plain ", *(f"{n} {e:.1e}" for n, e in zip(NAMES, same, strict=True)), flush=True)
@@ -105,11 +114,15 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
 
 
-def inputs(b: int, h: int, g: int, t: int, e: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Query, key, value as transposed views, and a bias per head."""
-    torch.manual_seed(0)
+def inputs(
+    b: int, h: int, g: int, t: int, e: int, dtype: torch.dtype = torch.bfloat16, by_key: bool = False, seed: int = 0
+) -> list[Tensor]:
+    """Query, key, value as transposed views, and a bias per head, or per head and key."""
+    torch.manual_seed(seed)
     qkv = [torch.randn(b, t, n, e, device="cuda").to(dtype).transpose(1, 2) for n in (h, g, g)]
-    return [x.requires_grad_() for x in (*qkv, torch.linspace(-4, 1, h, device="cuda"))]
+    bias = torch.linspace(-4, 1, h, device="cuda")
+    bias = bias[:, None] + torch.randn(b, h, t, device="cuda") if by_key else bias
+    return [x.requires_grad_() for x in (*qkv, bias)]
 
 
 def fused(sample: bool) -> Callable:

@@ -1,6 +1,7 @@
 """Training throughput on random weights of SmolLM2-135M's shape: tokens/s by kernel and batch size.
 
-`graph` is the fused kernel with each step replayed as one CUDA graph.
+`graph` is the fused kernel with each step replayed as one CUDA graph; `compiled` the same with compiled layers;
+`query` the same with gate queries.
 
     python scripts/throughput.py --device cuda --out results/throughput.json
 
@@ -46,6 +47,14 @@ class Noise:
         return {"name": "noise"}
 
 
+def random_model(device, layers=30):
+    """SmolLM2-135M's shape with random weights."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
+    model = transformers.LlamaForCausalLM(config).to(device).eval().requires_grad_(False)
+    return Loaded(name="random", model=model, tokenizer=None, anatomy=anatomy(model))
+
+
 def throughput(dense, recipe):
     """Median tokens/s and peak memory of single steps after five."""
     marks = []
@@ -67,20 +76,24 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--what", nargs="*", default=["reference:16", "triton:16", "graph:16", "graph:32"])
+    parser.add_argument(
+        "--what",
+        nargs="*",
+        default=["reference:16", "triton:16", "graph:16", "graph:32", "compiled:16", "compiled:32", "query:32"],
+    )
     args = parser.parse_args()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": args.layers})
-    model = transformers.LlamaForCausalLM(config).to(args.device).eval().requires_grad_(False)
-    dense = Loaded(name="random", model=model, tokenizer=None, anatomy=anatomy(model))
+    dense = random_model(args.device, args.layers)
     base = SparseAttention(
         train="lora", learning_rate=1e-3, lora_rank=32, steps=args.steps, log_every=1, precision="bf16"
     )
     rows = []
     for what in args.what:
         how, batch = what.split(":")
-        kernel = "triton" if how == "graph" else how
-        recipe = dataclasses.replace(base, kernel=kernel, graph=how == "graph", batch_size=int(batch))
+        kernel = "reference" if how == "reference" else "triton"
+        graph, compiled = how in ("graph", "compiled", "query"), how in ("compiled", "query")
+        recipe = dataclasses.replace(
+            base, kernel=kernel, graph=graph, compiled=compiled, gate_query=how == "query", batch_size=int(batch)
+        )
         try:
             rows.append({"how": how, "batch": int(batch), **throughput(dense, recipe)})
         except Exception as error:

@@ -50,7 +50,7 @@ def test_the_json_has_its_fixed_keys(text, control):
     assert found["sparse"].keys() == ROW | {"kl", "edges"}
     if control:
         assert found["control"].keys() == ROW | {"kl"}
-    facts = {"context_length", "tokens", "stride", "max_tokens", "batch_size", "precision", "file", "sha256"}
+    facts = {"context_length", "tokens", "stride", "max_tokens", "batch_size", "precision", "kernel", "file", "sha256"}
     assert found.keys() - set(labels) == facts | {"model", "device", "versions"}
     assert found["stride"] == found["context_length"] == LENGTH  # resolved, not None
     assert all(isinstance(found[label][name], float) for label in labels for name in ROW)

@@ -14,7 +14,7 @@ from fewedges.draw.text import draw_title
 from fewedges.draw.theme import ONE_COLUMN, SMALL, Theme, axes_at, styled
 from fewedges.errors import DataError
 
-LEFT, RIGHT, BELOW, ABOVE = 0.6, 0.8, 0.4, 0.1  # inches around the axes; direct labels stand at the right
+LEFT, RIGHT, BELOW, ABOVE = 0.7, 0.8, 0.4, 0.1  # inches around the axes; direct labels stand at the right
 HIGH, GAP = 1.0, 0.14  # inches: one panel, and the space to the next
 KNOWN = "records with step and edges_per_query_per_head, kl or multiplier"
 

@@ -11,6 +11,7 @@ Shapes: B batch, T token, L layer, H head, V vocabulary.
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from fewedges.data.batch import Batch
 from fewedges.errors import DataError
 from fewedges.sparsify.attention.interface import GatePass, is_gated
+from fewedges.sparsify.attention.serving import hard_kernel
 from fewedges.sparsify.distilling import losses
 
 
@@ -40,6 +42,8 @@ class Protocol:
     """Windows per forward pass; does not change any result."""
     precision: str = "fp32"
     """fp32 or bf16 arithmetic."""
+    kernel: str = "reference"
+    """What runs gated attention: `reference`, or `hard`, the inference kernel (GPU)."""
 
     def __post_init__(self) -> None:
         stride = self.context_length if self.stride is None else self.stride
@@ -51,6 +55,8 @@ class Protocol:
             raise DataError("protocol", found, "batch_size and max_tokens of at least 1")
         if self.precision not in ("fp32", "bf16"):
             raise DataError("protocol", f"precision {self.precision!r}", "fp32 or bf16")
+        if self.kernel not in ("reference", "hard"):
+            raise DataError("protocol", f"kernel {self.kernel!r}", "reference or hard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +110,10 @@ def score_models(
             reference = _logits(dense, batch, protocol, {})
             for label, model in models.items():
                 run = GatePass()
-                options = {"gate_pass": run} if is_gated(model) else {}
-                logits = reference if model is dense else _logits(model, batch, protocol, options)
+                gated = is_gated(model)
+                options = {"gate_pass": run} if gated else {}
+                with hard_kernel(model) if gated and protocol.kernel == "hard" else nullcontext():
+                    logits = reference if model is dense else _logits(model, batch, protocol, options)
                 tallies[label].add_(logits, reference, batch, run)
     return {label: tally.mean(protocol.context_length) for label, tally in tallies.items()}
 

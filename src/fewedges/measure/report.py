@@ -49,9 +49,11 @@ class Report:
 
     def protocol(self) -> str:
         """How it was measured, in one line."""
-        known = {"file": None, "tokens": 0, "context_length": 0, "stride": None, "precision": "fp32", "device": None}
+        known = {"file": None, "tokens": 0, "context_length": 0, "stride": None, "device": None}
+        known |= {"precision": "fp32", "kernel": "reference"}
         facts = {**known, **self.facts}
         where = f"window T = {facts['context_length']}, stride {facts['stride']}, {facts['precision']}"
+        where += ", hard-gate kernel" if facts["kernel"] == "hard" else ""
         dense = f"all gates open would be {dense_edges(facts['context_length']):g} edges per query per head"
         return f"{facts['tokens']:,} tokens scored of {facts['file']}, {where}, {facts['device']}; {dense}."
 

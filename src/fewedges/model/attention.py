@@ -28,14 +28,22 @@ def register(name: str, function: Callable[..., Any]) -> None:
 
 
 def register_maskless(name: str, function: Callable[..., Any]) -> None:
-    """Register a function that is causal by itself: no mask is built for it, and it must never need one."""
-    from transformers import AttentionInterface
+    """Register a function that is causal by itself: no (Q, K) mask is built, it is handed which keys are tokens."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, padding_mask)
+
+
+def padding_mask(
+    *_: Any, kv_length: int, attention_mask: Tensor | None = None, **__: Any
+) -> Bool[Tensor, "B K"] | None:
+    """Hand the padding mask through as it is, (B, K), True at tokens; None where there is no padding to know of."""
+    return None if attention_mask is None else attention_mask[:, :kv_length].bool()
 
 
 def register_causal() -> None:
-    """Register `CAUSAL`: torch's causal attention for full windows without padding, softcap or sliding window."""
+    """Register `CAUSAL`: torch's causal attention, without softcap or sliding window."""
     register_maskless(CAUSAL, causal_attention)
 
 
@@ -44,17 +52,22 @@ def causal_attention(
     query: Float[Tensor, "B H T E"],
     key: Float[Tensor, "B G T E"],
     value: Float[Tensor, "B G T E"],
-    attention_mask: Tensor | None,
+    attention_mask: Bool[Tensor, "B T"] | None,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "B T H E"], None]:
-    """Flash attention over the whole causal triangle, in the interface's signature."""
+    """Flash attention over the whole causal triangle, in the interface's signature; padding costs a mask."""
     check_plain(query, key, softcap, sliding_window)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    allowed = None
+    if attention_mask is not None:
+        length = query.shape[2]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        allowed = causal & attention_mask[:, None, None]  # (B, 1, T, T)
     output = nn.functional.scaled_dot_product_attention(
-        query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling
+        query.to(value.dtype), key.to(value.dtype), value, attn_mask=allowed, is_causal=allowed is None, scale=scaling
     )
     return output.transpose(1, 2).contiguous(), None
 

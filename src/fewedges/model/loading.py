@@ -82,7 +82,7 @@ def fingerprint(model: Any) -> str:
     """sha256 over the model's parameters (names, shapes, bytes): tells one base model from another."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.endswith("gate_bias"):
+        if not name.endswith(("gate_bias", "gate_query")):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

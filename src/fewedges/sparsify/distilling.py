@@ -52,7 +52,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student, dense, tokens, counts, kl_weight, loss_weight, divisor, compare):  # type: ignore[no-untyped-def]
         windows = max(1, CHUNK // (student.shape[1] * student.shape[2]))
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(3, device=student.device, dtype=_wide(student[:0]).dtype)
         for start in range(0, student.shape[0], windows):
             rows = slice(start, start + windows)
@@ -63,7 +63,8 @@ class _Losses(torch.autograd.Function):
                 continue
             now, slope = compare(*part, kl_weight, loss_weight)
             sums += now
-            gradient[rows, :-1] = slope.to(gradient.dtype)
+            gradient[rows, :-1] = slope
+            gradient[rows, -1] = 0
         ctx.save_for_backward(gradient)
         kl, cross_entropy, dense_cross_entropy = sums.unbind()
         objective = kl_weight * kl + loss_weight * cross_entropy
@@ -100,7 +101,7 @@ def _compare(
     q, p = log_q.exp(), log_p.exp()
     onehot = torch.arange(q.shape[-1], device=q.device) == targets[..., None]
     slope = (kl_weight + loss_weight) * q - kl_weight * p - loss_weight * onehot.to(q.dtype)
-    return sums, slope * weight[..., None]
+    return sums, (slope * weight[..., None]).to(student.dtype)
 
 
 @functools.cache

@@ -69,6 +69,71 @@ def test_a_constraint_that_is_switched_off_does_not_count(margins, wanted):
     assert violation(recipe, kl=0.5, excess_loss=0.1) == pytest.approx(wanted, abs=1e-15)
 
 
+TARGETS = st.builds(
+    SparseAttention,
+    kl_margin=st.none(),
+    loss_margin=st.none(),
+    target_edges=st.floats(0.1, 100),
+    multiplier_start=st.floats(1e-6, 1),
+    multiplier_rate=st.floats(1e-4, 0.5),
+    multiplier_width=st.floats(1e-3, 1),
+    smoothing=st.floats(0, 0.999),
+    slack=st.floats(0, 1),
+)
+
+
+@pytest.mark.matches
+@given(TARGETS, st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_law_of_a_target_is_that_of_its_docstring(recipe, history):
+    """violation = 10 width log(target / edges), whatever KL, loss, slack and learning rate are."""
+    multiplier, mean, log_price = Multiplier(recipe.multiplier_start), None, math.log(recipe.multiplier_start)
+    for step, edges in enumerate(history):
+        multiplier.update_(recipe, kl=9.0 - step, excess_loss=step - 7.0, fall=1 / (step + 1), edges=edges)
+        now = 10 * recipe.multiplier_width * (math.log(recipe.target_edges) - math.log(edges))
+        mean = now if mean is None else recipe.smoothing * mean + (1 - recipe.smoothing) * now
+        log_price -= recipe.multiplier_rate * min(1.0, max(-1.0, mean / recipe.multiplier_width))
+    assert math.log(multiplier.price) == pytest.approx(log_price, abs=TARGET_ROUNDING)
+
+
+TARGET_ROUNDING = 6e-15  # measured 1.8e-15 over these examples
+
+
+@pytest.mark.stays
+@given(TARGETS, st.lists(st.floats(1.001, 50), min_size=1, max_size=20), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_the_price_rises_above_the_target_and_falls_below_it(recipe, factors, above):
+    multiplier = Multiplier(recipe.multiplier_start)
+    for factor in factors:
+        before = multiplier.price
+        multiplier.update_(recipe, 0.0, 0.0, edges=recipe.target_edges * (factor if above else 1 / factor))
+        assert (multiplier.price > before) == above
+        assert abs(math.log(multiplier.price / before)) <= recipe.multiplier_rate * (1 + 1e-9) + 1e-15
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("start", [1e-4, 10.0])
+@pytest.mark.parametrize("target", [1.0, 20.0])
+def test_edges_that_obey_their_price_settle_at_the_target(start, target):
+    """Edges as the price p leaves them, 40 / (1 + 50 p): from either side they end at the target and stay."""
+    recipe = SparseAttention(kl_margin=None, loss_margin=None, target_edges=target, multiplier_rate=0.05)
+    multiplier, edges = Multiplier(start), []
+    for _ in range(600):
+        edges.append(40 / (1 + 50 * multiplier.price))
+        multiplier.update_(recipe, 0.0, 0.0, edges=edges[-1])
+    assert abs(math.log(edges[0] / target)) > 0.5
+    assert all(abs(x / target - 1) < 0.01 for x in edges[-100:])
+
+
+@pytest.mark.survives
+def test_a_batch_without_an_edge_moves_the_price_by_its_rate_only():
+    recipe = SparseAttention(kl_margin=None, loss_margin=None, target_edges=3.0, multiplier_rate=0.05)
+    multiplier = Multiplier(1.0)
+    multiplier.update_(recipe, 0.0, 0.0, edges=0.0)
+    assert multiplier.price == pytest.approx(math.exp(-0.05), rel=1e-15)
+    assert math.isfinite(multiplier.mean)
+
+
 @pytest.mark.stays
 @given(RECIPES, st.lists(st.tuples(st.floats(1e-6, 2), st.floats(1e-6, 2)), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)

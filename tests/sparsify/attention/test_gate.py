@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewedges.sparsify.attention.gate import Gated, Gating, gated_attention, gates, logistic_noise, uniform_noise
+from fewedges.sparsify.attention.gate import (
+    Gated,
+    Gating,
+    gated_attention,
+    gates,
+    key_bias,
+    logistic_noise,
+    uniform_noise,
+)
 
 SAMPLED = Gating(sample=True, seed=11)
 HARD = Gating()
@@ -40,9 +48,10 @@ def sigmoid(x):
 
 
 def slow(query, key, value, bias, allowed, gating=HARD, scaling=0.7, softcap=None):
-    """Gated attention entry by entry, in Python floats."""
+    """Gated attention entry by entry, in Python floats; the bias by head, or by head and key."""
     batch, heads, queries, _ = query.shape
     repeat, keys = heads // key.shape[1], key.shape[2]
+    bias = bias if bias.dim() == 3 else bias.view(1, -1, 1).expand(batch, heads, keys)
     noise = logistic_noise(uniform_noise(gating.seed, (batch, heads, queries, keys), query.device))
     result = Gated(torch.zeros_like(query), *torch.zeros(2, batch, heads, queries, dtype=query.dtype))
     for b, h, i in [(b, h, i) for b in range(batch) for h in range(heads) for i in range(queries)]:
@@ -52,7 +61,7 @@ def slow(query, key, value, bias, allowed, gating=HARD, scaling=0.7, softcap=Non
         scores = dots if softcap is None else {j: softcap * math.tanh(s / softcap) for j, s in dots.items()}
         total = sum(math.exp(s) for s in scores.values())
         for j, score in scores.items():
-            logit = score + float(bias[h])
+            logit = score + float(bias[b, h, j])
             drawn = logit + float(noise[b, h, i, j]) if gating.sample else logit
             if drawn > 0:
                 result.output[b, h, i] += math.exp(score) / total * value[b, h // repeat, j]
@@ -188,33 +197,38 @@ def slow_gradients(tensors, gating, pull, price, scaling):
     """dS = p [(gate + sigmoid'(z)) u - D] + d_expected sigmoid'(G), entry by entry, and what follows from it."""
     query, key, value, bias = (x.detach() for x in tensors)
     batch, heads, queries, _ = query.shape
-    repeat = heads // key.shape[1]
+    repeat, by_key = heads // key.shape[1], bias.dim() == 3
+    bias = bias if by_key else bias.view(1, -1, 1).expand(batch, heads, queries)
     noise = logistic_noise(uniform_noise(gating.seed, (batch, heads, queries, queries), query.device)).double()
-    dq, dk, dv, dbias = (torch.zeros_like(x) for x in (query, key, value, bias))
+    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    dbias = torch.zeros(batch, heads, queries, dtype=bias.dtype)
     for b, h, i in [(b, h, i) for b in range(batch) for h in range(heads) for i in range(queries)]:
         g, seen = h // repeat, range(i + 1)
         s = [scaling * float(query[b, h, i] @ key[b, g, j]) for j in seen]
         total = sum(math.exp(x) for x in s)
         p = [math.exp(x) / total for x in s]
-        z = [x + float(bias[h]) + (float(noise[b, h, i, j]) if gating.sample else 0.0) for j, x in enumerate(s)]
+        z = [x + float(bias[b, h, j]) + (float(noise[b, h, i, j]) if gating.sample else 0.0) for j, x in enumerate(s)]
         u = [float(pull[b, h, i] @ value[b, g, j]) for j in seen]
         d = sum(p[j] * (z[j] > 0) * u[j] for j in seen)
         for j in seen:
             through_gate = p[j] * sigmoid(z[j]) * (1 - sigmoid(z[j])) * u[j]
-            opened = sigmoid(s[j] + float(bias[h]))
+            opened = sigmoid(s[j] + float(bias[b, h, j]))
             through_price = float(price[b, h, i]) * opened * (1 - opened)
             ds = p[j] * ((z[j] > 0) * u[j] - d) + through_gate + through_price
             dq[b, h, i] += scaling * ds * key[b, g, j]
             dk[b, g, j] += scaling * ds * query[b, h, i]
             dv[b, g, j] += p[j] * (z[j] > 0) * pull[b, h, i]
-            dbias[h] += through_gate + through_price
-    return dq, dk, dv, dbias
+            dbias[b, h, j] += through_gate + through_price
+    return dq, dk, dv, dbias if by_key else dbias.sum((0, 2))
 
 
 @pytest.mark.matches
+@pytest.mark.parametrize("by_key", [False, True], ids=["by head", "by key"])
 @pytest.mark.parametrize("gating", [SAMPLED, SOFTLY], ids=["sampled", "straight-through"])
-def test_the_straight_through_gradient_is_the_closed_form(gating):
+def test_the_straight_through_gradient_is_the_closed_form(gating, by_key):
     tensors = inputs()
+    if by_key:
+        tensors[3] = torch.randn(2, 4, 5, dtype=torch.float64).requires_grad_()
     found = attend(*tensors, gating=gating)
     pull, price = torch.randn_like(found.output), torch.randn_like(found.expected)
     mine = torch.autograd.grad((found.output, found.expected), tensors, (pull, price))
@@ -267,6 +281,121 @@ def test_gates_held_open_pass_finite_gradients():
     slopes = torch.autograd.grad(found.output.sum() + found.expected.sum(), tensors)
     assert all(torch.isfinite(x).all() for x in slopes)
     assert slopes[3].abs().max() == 0
+
+
+# -- gate queries: a bias by key -------------------------------------------------------------------------------
+
+
+def with_gate_query(groups=2, seed=3):
+    """Query, key, value, bias, and a gate query of every head."""
+    *tensors, bias = inputs(groups=groups, seed=seed)
+    return [*tensors, bias, torch.randn(4, 3, dtype=torch.float64).requires_grad_()]
+
+
+def slow_key_bias(bias, extra, key, scaling=0.7):
+    """bias[h] + scaling * w[h] k[j], entry by entry, for the keys that head h shares."""
+    batch, groups, keys, _ = key.shape
+    heads = len(bias)
+    found = torch.zeros(batch, heads, keys, dtype=torch.float64)
+    for b, h, j in [(b, h, j) for b in range(batch) for h in range(heads) for j in range(keys)]:
+        pairs = zip(extra[h].tolist(), key[b, h // (heads // groups), j].tolist(), strict=True)
+        found[b, h, j] = float(bias[h]) + scaling * sum(x * y for x, y in pairs)
+    return found
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("gating", [HARD, SAMPLED, SOFTLY], ids=["hard", "sampled", "straight-through"])
+def test_a_gate_query_is_what_the_formula_says(gating, groups):
+    """Through GQA and beside a softcap, which caps S and not what the gate query adds."""
+    query, key, value, bias, extra = (x.detach() for x in with_gate_query(groups))
+    by_key = key_bias(bias, extra, key, 0.7)
+    torch.testing.assert_close(by_key, slow_key_bias(bias, extra, key), rtol=0, atol=EXACT)
+    for softcap in (None, 1.5):
+        found = attend(query, key, value, by_key, None, gating, softcap=softcap)
+        wanted = slow(query, key, value, by_key, causal(5), gating, softcap=softcap)
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=EXACT)
+        assert 0 < found.open.sum() < 2 * 4 * 15
+
+
+@pytest.mark.matches
+def test_a_gate_query_acts_as_if_every_query_had_it_added_in_the_gate_alone():
+    query, key, value, bias, extra = (x.detach() for x in with_gate_query())
+    found = attend(query, key, value, key_bias(bias, extra, key, 0.7))
+    as_query = attend(query + extra[:, None], key, value, bias)
+    torch.testing.assert_close(found.expected, as_query.expected, rtol=0, atol=EXACT)
+    assert torch.equal(found.open, as_query.open)
+    assert not torch.allclose(found.output, as_query.output, atol=0.01)  # the softmax is the one without it
+    assert not torch.equal(found.open, attend(query, key, value, bias).open)
+
+
+@pytest.mark.matches
+def test_no_gate_query_is_the_bias_itself_and_a_zero_one_changes_nothing():
+    *tensors, bias, extra = with_gate_query()
+    assert key_bias(bias, None, tensors[1], 0.7) is bias
+    zero = attend(*tensors, key_bias(bias, 0 * extra, tensors[1], 0.7), gating=SAMPLED)
+    for mine, theirs in zip(zero, attend(*tensors, bias, gating=SAMPLED), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.matches
+def test_a_gate_query_closes_the_sink_and_leaves_its_softmax():
+    """What it is for: every score of key 0 is large; with a bias by head its gate opens whenever any other does."""
+    query, key, value, bias, extra = (x.detach() for x in with_gate_query())
+    key[:, :, 0], query[..., 0], extra[:] = torch.tensor([9.0, 0, 0]), 1.0, torch.tensor([-5.0, 0, 0])
+    key[:, :, 1:, 0], bias[:] = 0.0, 0.5
+    plain, closed = (attend(query, key, value, b) for b in (bias, key_bias(bias, extra, key, 0.7)))
+    assert (plain.open[:, :, 0] == 1).all()
+    assert torch.equal(closed.open, plain.open - 1)
+    others = value.repeat_interleave(2, 1)[:, :, 1:].abs().sum(2)[:, :, None]
+    assert (closed.output.abs() <= 0.02 * others).all()  # weights of keys but the sink: at most e^-4
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradients_through_a_gate_query_are_the_finite_differences(softcap):
+    query, key, value, bias, extra = with_gate_query()
+
+    def expected(query, key, bias, extra):
+        return attend(query, key, value, key_bias(bias, extra, key, 0.7), softcap=softcap).expected
+
+    def output(query, key, value):
+        by_key = key_bias(bias.detach(), extra.detach(), key, 0.7)
+        return attend(query, key, value, by_key, softcap=softcap).output
+
+    by_key = key_bias(bias, extra, key, 0.7)
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.7
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    assert (scores + by_key[:, :, None]).abs().min() > 1e-4  # no gate flips within a step of 1e-6
+    assert torch.autograd.gradcheck(expected, (query, key, bias, extra))
+    assert torch.autograd.gradcheck(output, (query, key, value))
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("gating", [SAMPLED, SOFTLY], ids=["sampled", "straight-through"])
+def test_gate_queries_and_keys_get_the_gradient_of_the_bias_by_key(gating):
+    *tensors, bias, extra = with_gate_query()
+    found = attend(*tensors, key_bias(bias, extra, tensors[1], 0.7), gating=gating)
+    pull, price = torch.randn_like(found.output), torch.randn_like(found.expected)
+    given = (*tensors, bias, extra)
+    mine = torch.autograd.grad((found.output, found.expected), given, (pull, price))
+    by_key = key_bias(bias, extra, tensors[1], 0.7)
+    dq, dk, dv, dbias = slow_gradients([*tensors, by_key], gating, pull, price, scaling=0.7)
+    dextra = 0.7 * torch.einsum("bhj,bhje->he", dbias, tensors[1].repeat_interleave(2, 1))
+    dk = dk + 0.7 * torch.einsum("bghj,ghe->bgje", dbias.unflatten(1, (2, 2)), extra.unflatten(0, (2, 2)))
+    for a, b in zip(mine, (dq, dk, dv, dbias.sum((0, 2)), dextra), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=EXACT)
+
+
+@pytest.mark.matches
+def test_a_gate_query_stays_exact_beside_half_precision_and_under_autocast():
+    _, key, _, bias, extra = (x.detach().float() for x in with_gate_query())
+    for keys in (key, key.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = key_bias(bias, extra, keys, 0.7)
+        assert inside.dtype == torch.float32
+        assert torch.equal(inside, key_bias(bias, extra, keys.float(), 0.7))
 
 
 # -- sampling --------------------------------------------------------------------------------------------------

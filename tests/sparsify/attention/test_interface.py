@@ -8,6 +8,7 @@ import torch
 from fewedges.data import addition
 from fewedges.errors import ModelError, ProbeError
 from fewedges.model.anatomy import anatomy
+from fewedges.model.attention import register
 from fewedges.model.capture import dense_maps
 from fewedges.sparsify.attention.gate import uniform_noise
 from fewedges.sparsify.attention.interface import (
@@ -15,6 +16,7 @@ from fewedges.sparsify.attention.interface import (
     GatePass,
     attach_,
     gate_biases,
+    gate_queries,
     gated_forward,
     gated_maps,
     is_gated,
@@ -24,6 +26,7 @@ from tiny import SUPPORTED, tiny_loaded, tiny_model
 PROMPTS = 3
 LENGTH = 9
 WINDOWS = {"mistral-window": (4, 4), "gemma2": (4, None), "gemma3": (4, 4)}
+WITH_QUERY = pytest.mark.parametrize("gate_query", [False, True], ids=["bias", "gate query"])
 ROUNDING = 4e-6  # measured: at most 2.0e-6 over the architectures, at logits of up to 3.5
 
 
@@ -31,14 +34,17 @@ def prompts(batch=1, length=LENGTH, seeds=PROMPTS):
     return [torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
 
 
-def sparse_model(name, dtype=torch.float32, seed=0):
-    """A gated model with biases of its own for every head, about half of its gates open."""
+def sparse_model(name, dtype=torch.float32, seed=0, gate_query=False):
+    """A gated model with biases (and gate queries) of its own for every head, about half of its gates open."""
     model = tiny_model(name, seed).to(dtype)
     body = anatomy(model)
-    attach_(model, body)
+    attach_(model, body, gate_query=gate_query)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer, module in enumerate(body.modules(model)):
             module.gate_bias.copy_(torch.linspace(-0.4, 0.3, 4).roll(layer))
+            if gate_query:
+                module.gate_query.copy_(torch.randn(module.gate_query.shape, generator=generator))
     return model
 
 
@@ -75,7 +81,10 @@ def test_open_gates_give_the_dense_logits_to_1e_6(name, how):
     model = tf.AutoModelForCausalLM.from_config(configs()[name]).eval()
     tokens = prompts(batch=2, length=20)[0]
     dense = logits(model, tokens)
-    attach_(model, anatomy(model), bias_start=torch.inf if how == "bias" else 0.0)
+    body = anatomy(model)
+    attach_(model, body, bias_start=torch.inf if how == "bias" else 0.0, gate_query=True)
+    for module in body.modules(model):
+        torch.nn.init.normal_(module.gate_query)
     kwargs = {"gate_pass": GatePass(open_all=True)} if how == "pass" else {}
     assert (logits(model, tokens, **kwargs) - dense).abs().max() <= 1e-6  # required; measured at most 2.1e-7
     if how == "pass":
@@ -112,8 +121,9 @@ def test_open_gates_are_counted_as_all_the_keys_a_query_may_see(name):
 
 @pytest.mark.stays
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_a_sparse_model_is_causal(name):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_a_sparse_model_is_causal(name, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
 
     def difference(tokens):
         changed = torch.cat([tokens[:, :-3], (tokens[:, -3:] + 7) % 61], dim=1)
@@ -125,8 +135,9 @@ def test_a_sparse_model_is_causal(name):
 @pytest.mark.stays
 @pytest.mark.parametrize("name", SUPPORTED)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_leaves_a_sparse_model_alone(name, side):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_padding_leaves_a_sparse_model_alone(name, side, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
 
     def difference(tokens):
         pad, mask = torch.full((1, 3), 5), torch.ones(1, LENGTH, dtype=torch.long)
@@ -141,8 +152,9 @@ def test_padding_leaves_a_sparse_model_alone(name, side):
 
 @pytest.mark.stays
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_cached_decoding_of_a_sparse_model_equals_the_full_pass(name):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_cached_decoding_of_a_sparse_model_equals_the_full_pass(name, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
 
     def difference(tokens):
         cache, pieces = None, []
@@ -157,19 +169,23 @@ def test_cached_decoding_of_a_sparse_model_equals_the_full_pass(name):
 
 @pytest.mark.stays
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_the_models_of_these_tests_are_neither_dense_nor_closed(name):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_the_models_of_these_tests_are_neither_dense_nor_closed(name, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
     run, whole = counted(model, prompts(8)[0]), counted(model, prompts(8)[0], open_all=True)
     share = run.open_edges().mean() / whole.open_edges().mean()
     assert 0.15 < share < 0.85
     dense = logits(model, prompts()[0], gate_pass=GatePass(open_all=True))
     assert (logits(model, prompts()[0]) - dense).abs().max() > 0.05
+    if gate_query:
+        assert (logits(model, prompts()[0]) - logits(sparse_model(name), prompts()[0])).abs().max() > 0.05
 
 
 @pytest.mark.matches
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_generate_writes_what_repeated_full_passes_write(name):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_generate_writes_what_repeated_full_passes_write(name, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
     model.generation_config.eos_token_id = None
     written = prompt = prompts(batch=2, length=5)[0]
     for _ in range(6):
@@ -185,8 +201,9 @@ def test_generate_writes_what_repeated_full_passes_write(name):
 
 @pytest.mark.matches
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_counts_are_those_of_the_maps(name):
-    model = sparse_model(name)
+@WITH_QUERY
+def test_counts_are_those_of_the_maps(name, gate_query):
+    model = sparse_model(name, gate_query=gate_query)
     run = counted(model, prompts(batch=2)[0], keep_maps=True)
     for layer, (weights, opened) in run.maps.items():
         for b, h, i in [(b, h, i) for b in range(2) for h in range(4) for i in range(LENGTH)]:
@@ -230,6 +247,39 @@ def test_expected_edges_are_stacked_by_layer_and_carry_gradients_to_every_bias()
     slopes = [module.gate_bias.grad for module in anatomy_modules(model)]
     assert slopes[1].nonzero().flatten().tolist() == [2]
     assert slopes[0].abs().min() > 0.01  # drawn gates of layer 0 change what layer 1 reads: straight-through
+
+
+@pytest.mark.matches
+def test_gradients_reach_the_gate_query_of_the_head_that_pays():
+    model, run = sparse_model("llama", gate_query=True), GatePass(sample=True, seed=1)
+    model(input_ids=prompts(batch=2)[0], use_cache=False, gate_pass=run)
+    run.expected_edges()[1, :, 2].sum().backward()
+    slopes = [module.gate_query.grad for module in anatomy_modules(model)]
+    assert slopes[1].abs().sum(-1).nonzero().flatten().tolist() == [2]
+    assert slopes[0].abs().min() > 1e-4
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("name", ["llama-gqa-4-to-1", "gpt2"])
+def test_a_gate_query_is_added_to_every_query_in_the_gate(name):
+    """The counts of a layer, from what its attention function was handed, by plain matrix products."""
+    model, seen = sparse_model(name, gate_query=True), {}
+
+    def watched(module, query, key, value, mask, scaling=None, **rest):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        extended = query + module.gate_query[:, None]
+        scores = extended @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scale
+        opened = (scores + module.gate_bias[:, None, None] > 0).tril()
+        seen[module.layer_idx] = opened.sum(-1).float()
+        return gated_forward(module, query, key, value, mask, scaling=scaling, **rest)
+
+    attach_(tiny_model(name), anatomy(model))  # registers the true function
+    register(GATED, watched)
+    try:
+        run = counted(model, prompts(batch=2)[0])
+    finally:
+        register(GATED, gated_forward)
+    assert all(torch.equal(seen[layer], run.open[layer]) for layer in (0, 1))
 
 
 @pytest.mark.matches
@@ -308,10 +358,27 @@ def test_attaching_adds_one_bias_per_head_and_nothing_else(learned):
 
 
 @pytest.mark.matches
-def test_gate_biases_stay_float32_beside_half_precision_weights():
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])  # width H E / D, and not
+def test_gate_queries_start_at_zero_change_nothing_and_learn_even_beside_constant_biases(name):
+    model, body = tiny_model(name), tiny_loaded(name).anatomy
+    before = set(dict(model.named_parameters()))
+    attach_(model, body, learned=False)
+    assert gate_queries(model, body) is None
+    plain = logits(model, prompts()[0])
+    attach_(model, body, learned=False, gate_query=True)
+    new = {n: p for n, p in model.named_parameters() if n not in before and not n.endswith("gate_bias")}
+    assert [n.rpartition(".")[2] for n in new] == ["gate_query"] * 2
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in new.values())
+    assert torch.equal(gate_queries(model, body), torch.zeros(2, 4, 8))
+    assert torch.equal(logits(model, prompts()[0]), plain)
+
+
+@pytest.mark.matches
+def test_gate_parameters_stay_float32_beside_half_precision_weights():
     model = tiny_model("llama").bfloat16()
-    attach_(model, anatomy(model), bias_start=0.1)
+    attach_(model, anatomy(model), bias_start=0.1, gate_query=True)
     assert gate_biases(model, tiny_loaded("llama").anatomy).dtype == torch.float32
+    assert gate_queries(model, tiny_loaded("llama").anatomy).dtype == torch.float32
     assert torch.isfinite(logits(model, prompts()[0])).all()
 
 

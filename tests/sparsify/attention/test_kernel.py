@@ -10,7 +10,7 @@ import torch
 
 from fewedges.errors import ModelError
 from fewedges.sparsify.attention import kernel
-from fewedges.sparsify.attention.gate import Gating, gated_attention, uniform_noise
+from fewedges.sparsify.attention.gate import Gating, gated_attention, key_bias, uniform_noise
 
 DEVICE = "fewedges.sparsify.attention.device"
 NAMES = ("output", "expected", "open", "query", "key", "value", "bias")
@@ -86,6 +86,83 @@ def test_float32_matches_the_reference(shape, gating):
 
 
 @pytest.mark.matches
+@pytest.mark.parametrize("gating", GATINGS, ids=["sampled", "hard", "straight-through"])
+def test_a_bias_by_key_matches_the_reference(gating):
+    *tensors, bias = inputs(2, 4, 2, 50, 32)
+    by_key = (bias.detach()[:, None] + torch.randn(2, 4, 50)).requires_grad_()
+    # Measured: 2.3e-7 (key gradient).
+    found = errors([*tensors, by_key], **gating)
+    assert max(found.values()) < 8e-7, found
+
+
+PADDING = {
+    "left": [(7, 40), (20, 40)],
+    "right": [(0, 33), (0, 1)],
+    "both, and none": [(5, 31), (0, 40)],
+    "only padding": [(0, 0), (3, 40)],
+}
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("gating", GATINGS, ids=["sampled", "hard", "straight-through"])
+@pytest.mark.parametrize("ranges", PADDING.values(), ids=PADDING)
+def test_padding_matches_the_reference(ranges, gating):
+    """Keys that are padding are seen by no query and have no gradient; a query that sees nothing gives 0."""
+    length = 40
+    tokens = torch.stack([(torch.arange(length) >= a) & (torch.arange(length) < b) for a, b in ranges])
+    tokens[1, 25] = False  # a hole
+    tensors = inputs(2, 4, 2, length, 32)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & tokens[:, None, None]
+    options = Gating(seed=7, **gating)
+
+    def reference(*x):
+        return gated_attention(*x, allowed, scaling=32**-0.5, gating=options)
+
+    ours = with_gradients(lambda *x: fused(*x, tokens=tokens, **gating), tensors)
+    exactly = with_gradients(reference, doubles)
+    found = {
+        name: ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+        for name, a, b in zip(NAMES, ours, exactly, strict=True)
+    }
+    # Measured: 2.4e-7 (query gradient).
+    assert max(found.values()) < 8e-7, found
+    assert (ours[4].transpose(1, 2)[~tokens] == 0).all()
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gate_queries_match_the_reference_through_shared_keys(groups):
+    """Results, and the gradients of keys and gate queries: what a bias by key is made of."""
+    query, key, value, bias = inputs(2, 4, groups, 50, 32)
+    extra = torch.randn(4, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found = {}
+    for attend, dtype in ((fused, torch.float32), (exact, torch.float64)):
+        given = [x.detach().to(dtype).requires_grad_() for x in (query, key, value, bias, extra)]
+
+        def attended(q, k, v, b, w, attend=attend):
+            return attend(q, k, v, key_bias(b, w, k, 32**-0.5))
+
+        found[attend] = with_gradients(attended, given)
+    for mine, theirs in zip(found[fused], found[exact], strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < 8e-7  # measured 2.2e-7
+    assert 0.1 < found[exact][2].mean() / 25.5 < 0.9  # open gates: neither dense nor closed
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("sample", [True, False])
+def test_infinite_biases_by_key_close_and_open_that_key_alone(sample):
+    *tensors, bias = inputs(1, 2, 1, 35, 32)
+    by_key = bias.detach()[:, None].repeat(1, 35)[None].clone()
+    by_key[:, :, 0], by_key[:, :, 7] = -torch.inf, torch.inf
+    ours, reference = fused(*tensors, by_key, sample=sample), exact(*tensors, by_key, sample=sample)
+    torch.testing.assert_close(ours.output, reference.output, atol=1.2e-6, rtol=0)  # measured 3.7e-7
+    assert torch.equal(ours.open, reference.open)
+    assert (ours.open[:, :, 0] == 0).all()
+    assert (ours.open[:, :, 7:] >= 1).all()
+
+
+@pytest.mark.matches
 def test_float16_matches_the_reference():
     # Measured: 3.8e-4 (query gradient), the rounding of p, dS and of the results themselves.
     found = errors(inputs(1, 2, 1, 70, 64, torch.float16))
@@ -143,7 +220,9 @@ def test_same_seed_same_bits():
 
 @pytest.mark.stays
 def test_operator_is_sound_for_compile():
-    tensors = [*inputs(1, 2, 1, 20, 32), torch.tensor(3, dtype=torch.int32), 0.2, True, False]
+    *tensors, bias = inputs(1, 2, 1, 20, 32)
+    bias = bias.detach()[:, None].expand(1, 2, 20)
+    tensors = [*tensors, bias, torch.tensor(3, dtype=torch.int32), 0.2, True, False, False]
     torch.library.opcheck(kernel._attend, tensors)
 
 
@@ -154,6 +233,9 @@ def test_says_what_it_cannot_do(monkeypatch):
         fused(query.double(), key.double(), value.double(), bias)
     with pytest.raises(ModelError, match="equal lengths"):
         fused(query[:, :, :1], key, value, bias)
+    for shape in ((2, 20), (1, 2, 19), (1, 1, 20), (2, 2, 20), (1,)):
+        with pytest.raises(ModelError, match="not self-attention of equal lengths"):
+            fused(query, key, value, torch.zeros(shape))
     with pytest.raises(ModelError, match="one dtype"):
         fused(query, key, value.half(), bias)
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -18,8 +18,9 @@ from fewedges.errors import FewedgesError, ModelError, RecipeError, StoreError
 from fewedges.model.attention import allowed_keys, attention_by, register
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention import result
-from fewedges.sparsify.attention.interface import gate_biases, is_gated
-from fewedges.sparsify.attention.result import Sparse, gates_only, training_data
+from fewedges.sparsify.attention.card import model_card
+from fewedges.sparsify.attention.interface import gate_biases, gate_queries, is_gated
+from fewedges.sparsify.attention.result import Sparse, gates_only, origin, save_control, training_data
 from tiny import NoiseBatches, tiny_loaded, tiny_model
 
 TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(9))
@@ -85,6 +86,73 @@ def test_a_saved_model_comes_back_with_the_same_logits(bases, tmp_path, monkeypa
 
 
 @pytest.mark.reproduces
+@pytest.mark.parametrize("choices", [{}, {"precision": "bf16"}, {"saved": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_gate_queries_come_back_as_they_were_trained(bases, tmp_path, train, choices):
+    dense = fe.load(bases["llama"], probes=False)
+    sparse = fe.sparsify(dense, recipe(train=train, gate_query=True, **choices), data=NoiseBatches())
+    sparse.save(tmp_path)
+    queries = gate_queries(sparse.model, dense.anatomy)
+    assert (queries.dtype, queries.shape) == (torch.float32, (2, 4, 8))
+    assert (queries != 0).all()
+    body = load_file(next(tmp_path.glob("gates-*")))
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in body.items()} == {
+        "bias": (torch.float32, (2, 4)),
+        "query": (torch.float32, (2, 4, 8)),
+    }
+    assert not any("gate_query" in name for name in load_file(next(tmp_path.glob("weights-*"))))
+    loaded = fe.load(tmp_path)
+    assert torch.equal(gate_queries(loaded.model, dense.anatomy), queries)
+    assert torch.equal(logits(loaded.model), logits(sparse.model))
+    for module in dense.anatomy.modules(sparse.model):
+        module.gate_query.data.zero_()
+    assert not torch.equal(logits(loaded.model), logits(sparse.model))
+
+
+OLDER = ("gate_query", "target_edges", "compiled")  # fields that recipes before gate queries do not name
+
+
+@pytest.mark.reproduces
+def test_a_run_saved_before_there_were_gate_queries_still_loads(moved):
+    folder, _ = moved
+    sparse = fe.load(folder)
+    stored = store.load(folder)
+    assert list(stored.tensors["gates"]) == ["bias"]
+    known = {name: value for name, value in stored.facts["recipe"].items() if name not in OLDER}
+    assert len(known) == len(stored.facts["recipe"]) - len(OLDER)
+    store.save(folder, stored.kind, stored.tensors, stored.facts | {"recipe": known})
+    loaded = fe.load(folder)
+    assert gate_queries(loaded.model, loaded.dense.anatomy) is None
+    assert torch.equal(logits(loaded.model), logits(sparse.model))
+    assert loaded.recipe == sparse.recipe
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_a_run_with_gate_queries_starts_from_a_loaded_one_without(bases, tmp_path, train):
+    """The step at 1e-9 moves what there was by nothing to see; Adam's first step moves each new number by its rate."""
+    dense, still = fe.load(bases["llama"], probes=False), {"learning_rate": 1e-9, "bias_learning_rate": 1e-9}
+    fe.sparsify(dense, recipe(train=train), data=NoiseBatches(), control=True).save(tmp_path / "old")
+    old = fe.load(tmp_path / "old", probes=False)
+    settings = recipe(train=train, gate_query=True, steps=1, **still)
+    new = fe.sparsify(old, settings, data=NoiseBatches(), control=True, out=tmp_path / "new")
+    queries = gate_queries(new.model, dense.anatomy)
+    assert 0 < queries.abs().max() < 1.1e-9
+    for name in ("loaded", "control"):
+        before, after = (getattr(sparse, name).model for sparse in (old, new))
+        torch.testing.assert_close(logits(after), logits(before), atol=NOTHING, rtol=0)
+    again = fe.load(tmp_path / "new")
+    assert torch.equal(gate_queries(again.model, dense.anatomy), queries)
+    third = fe.sparsify(again, recipe(train=train, gate_query=True, steps=1), data=NoiseBatches())
+    assert gate_queries(third.model, dense.anatomy).abs().max() > 1e-3
+    with pytest.raises(RecipeError, match=r"gate_query is trained in one of them only"):
+        fe.sparsify(again, recipe(train=train, steps=1), data=NoiseBatches())
+
+
+NOTHING = 5e-6  # one step at 1e-9; measured 1.3e-6
+
+
+@pytest.mark.reproduces
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_model_saved_in_bfloat16_comes_back_rounded_once(bases, tmp_path, train):
     sparse = fe.sparsify(fe.load(bases["llama"]), recipe(saved="bfloat16", train=train), data=NoiseBatches())
@@ -113,22 +181,65 @@ def test_a_bf16_run_is_trained_beside_and_saved_on_the_float32_base(bases, tmp_p
 @pytest.mark.parametrize("train", ["full", "attention", "lora"])
 def test_a_run_can_be_loaded_in_bfloat16(bases, tmp_path, train):
     sparse = fe.sparsify(
-        fe.load(bases["llama"]), recipe(train=train, precision="bf16"), data=NoiseBatches(), out=tmp_path
+        fe.load(bases["llama"]),
+        recipe(train=train, precision="bf16", gate_query=True),
+        data=NoiseBatches(),
+        out=tmp_path,
     )
+    gates = ("gate_bias", "gate_query")
     for dtype in ("bfloat16", torch.bfloat16):
         half = fe.load(tmp_path, dtype=dtype)
         kinds = {name: p.dtype for name, p in half.model.named_parameters()}
-        assert {kind for name, kind in kinds.items() if not name.endswith("gate_bias")} == {torch.bfloat16}
-        assert {kind for name, kind in kinds.items() if name.endswith("gate_bias")} == {torch.float32}
+        assert {kind for name, kind in kinds.items() if not name.endswith(gates)} == {torch.bfloat16}
+        assert {kind for name, kind in kinds.items() if name.endswith(gates)} == {torch.float32}
         assert logits(half.model).dtype == torch.bfloat16
     assert torch.equal(gate_biases(half.model, half.dense.anatomy), gate_biases(sparse.model, sparse.dense.anatomy))
+    assert torch.equal(gate_queries(half.model, half.dense.anatomy), gate_queries(sparse.model, sparse.dense.anatomy))
 
 
 @pytest.mark.survives
-def test_weights_in_half_precision_are_refused_before_training(bases, tmp_path):
-    with pytest.raises(ModelError, match=r"bfloat16 in memory.*precision=bf16"):
-        fe.sparsify(fe.load(bases["llama"], dtype="bfloat16"), recipe(), data=NoiseBatches(), out=tmp_path / "x")
+@pytest.mark.parametrize(
+    ("dtype", "choices"),
+    [
+        ("bfloat16", {}),
+        ("bfloat16", {"precision": "bf16"}),
+        ("bfloat16", {"precision": "bf16", "train": "attention"}),
+        ("bfloat16", {"train": "lora"}),
+        ("float16", {"precision": "bf16", "train": "lora"}),
+    ],
+    ids=str,
+)
+def test_weights_in_half_precision_are_refused_before_training(bases, tmp_path, dtype, choices):
+    dense = fe.load(bases["llama"], dtype=dtype, probes=False)
+    with pytest.raises(ModelError, match=rf"{dtype} in memory.*train=lora and precision=bf16"):
+        fe.sparsify(dense, recipe(**choices), data=NoiseBatches(), out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("gate_query", [False, True], ids=["bias", "gate query"])
+def test_adapters_train_on_a_base_that_is_bfloat16_in_memory(bases, tmp_path, gate_query):
+    """As on a bfloat16 copy of the float32 base: the same steps, one copy of the weights, the same file."""
+    settings = recipe(train="lora", precision="bf16", gate_query=gate_query, saved="bfloat16")
+    half, full = (fe.load(bases["llama"], dtype=dtype, probes=False) for dtype in ("bfloat16", "float32"))
+    before = {name: x.clone() for name, x in half.model.state_dict().items()}
+    sparse = fe.sparsify(half, settings, data=NoiseBatches(), out=tmp_path / "half", control=True)
+    beside = fe.sparsify(full, settings, data=NoiseBatches(), out=tmp_path / "full", control=True)
+    clock = ("seconds", "tokens_per_second")
+    mine, theirs = ([{k: v for k, v in r.items() if k not in clock} for r in s.records] for s in (sparse, beside))
+    assert mine == theirs
+    for part in ("", "control"):
+        files = [store.read_manifest(tmp_path / run / part)["files"] for run in ("half", "full")]
+        assert files[0] == files[1]
+    assert all(torch.equal(x, before[name]) for name, x in half.model.state_dict().items())
+    frozen = {p.data_ptr() for p in half.model.parameters()}
+    assert len(frozen & {p.data_ptr() for p in sparse.model.parameters()}) == len(frozen)
+    assert gate_biases(sparse.model, half.anatomy).dtype == torch.float32
+    assert logits(sparse.model).dtype == logits(sparse.control.model).dtype == torch.bfloat16
+    loaded = fe.load(tmp_path / "half", dtype="bfloat16")
+    assert torch.equal(logits(loaded.model), logits(sparse.model))
+    assert torch.equal(logits(loaded.control.model), logits(sparse.control.model))
+    assert not torch.equal(logits(loaded.model), logits(half.model))
 
 
 @pytest.mark.stays
@@ -250,13 +361,26 @@ def test_weights_of_another_recipe_are_refused(moved, change, match):
 
 
 @pytest.mark.survives
-def test_gate_biases_of_another_shape_are_refused(moved):
+@pytest.mark.parametrize("gate_query", [False, True], ids=["bias", "gate query"])
+def test_gates_of_another_shape_missing_or_too_many_are_refused(moved, gate_query):
     folder, _ = moved
     stored = store.load(folder)
-    tensors = stored.tensors | {"gates": {"bias": torch.zeros(3, 4)}}
-    store.save(folder, stored.kind, tensors, stored.facts)
-    with pytest.raises(StoreError, match=r"gate biases \(3, 4\), the base has \(2, 4\)"):
-        fe.load(folder)
+    right = {"bias": torch.zeros(2, 4), "query": torch.zeros(2, 4, 8)}
+    flawed = [{"bias": torch.zeros(3, 4)}, {"query": torch.zeros(2, 4, 8)}, {}]
+    flawed += [
+        right | {"query": torch.zeros(2, 4, 4)},
+        right | {"bias": torch.zeros(2, 1)},
+        right | {"more": torch.zeros(2, 4)},
+    ]
+    flawed += [{"bias": right["bias"]}] if gate_query else [right]
+    facts = stored.facts | {"recipe": stored.facts["recipe"] | {"gate_query": gate_query}}
+    for gates in flawed:
+        store.save(folder, stored.kind, stored.tensors | {"gates": gates}, facts)
+        with pytest.raises(StoreError, match=r"gates {.*}, base and recipe have {'bias': \(2, 4\)"):
+            fe.load(folder)
+    good = right if gate_query else {"bias": right["bias"]}
+    store.save(folder, stored.kind, stored.tensors | {"gates": good}, facts)
+    assert (gate_biases(fe.load(folder).model, tiny_loaded().anatomy) == 0).all()
 
 
 @pytest.mark.survives
@@ -320,8 +444,17 @@ def test_the_model_card_says_what_it_is_how_to_load_it_and_how_not_to(run):
     assert 'fe.load("this folder")' in text
     assert "Without fewedges this folder is not a model" in text
     assert "score + bias[layer, head] > 0" in text
+    assert "gate query" not in text
     for name in ("edges_per_query_per_head", "kl", "cross_entropy", "dense_cross_entropy"):
         assert f"| {name} | {sparse.records[-1][name]:.4g} |" in text
+
+
+@pytest.mark.says
+def test_the_model_card_of_a_run_with_gate_queries_says_what_they_add(run):
+    facts = store.load(run[0]).facts
+    text = model_card(facts | {"recipe": facts["recipe"] | {"gate_query": True}})
+    assert "score + bias[layer, head] + gate query . key > 0" in text
+    assert "score + bias[layer, head] > 0" not in text
 
 
 @pytest.mark.says
@@ -427,6 +560,28 @@ def test_a_run_can_start_from_a_sparse_one_and_resumes_only_as_that(tmp_path):
     assert not torch.equal(logits(second.model), logits(dense.model))
     with pytest.raises(StoreError, match="start"):
         fe.sparsify(dense, still, data=batches, out=tmp_path)
+
+
+@pytest.mark.matches
+def test_the_origin_of_a_run_is_the_dense_model_and_what_sparse_and_control_begin_with(run):
+    _, sparse = run
+    assert origin(sparse.dense, True) == (sparse.dense, {"sparse": None, "control": None})
+    dense, starts = origin(sparse, True)
+    assert dense is sparse.dense
+    assert starts == {"sparse": sparse.model, "control": sparse.control.model}
+    alone = dataclasses.replace(sparse, control=None)
+    assert origin(alone, False)[1] == {"sparse": sparse.model, "control": None}
+    with pytest.raises(RecipeError, match="no control"):
+        origin(alone, True)
+
+
+@pytest.mark.reproduces
+def test_a_control_saved_by_itself_is_the_one_a_run_saves(run, tmp_path):
+    folder, sparse = run
+    save_control(tmp_path, sparse.dense, sparse.recipe, sparse.data, sparse.control.model)
+    mine, theirs = (store.load(path, "dense-control") for path in (tmp_path, folder / "control"))
+    assert mine.facts == theirs.facts
+    assert store.read_manifest(tmp_path)["files"] == store.read_manifest(folder / "control")["files"]
 
 
 @pytest.mark.survives

@@ -9,7 +9,14 @@ from fewedges.errors import RecipeError
 from fewedges.model.anatomy import plain
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import GatePass, is_gated
-from fewedges.sparsify.attention.student import at_precision, make_student, put_back_, trained, trained_weights
+from fewedges.sparsify.attention.student import (
+    at_precision,
+    make_student,
+    put_back_,
+    start_from_,
+    trained,
+    trained_weights,
+)
 from fewedges.sparsify.distilling import losses
 from tiny import SUPPORTED, NoiseBatches, tiny_loaded
 
@@ -23,7 +30,7 @@ def recipe(**choices):
 
 
 def weights(model):
-    return {name: p for name, p in plain(model).named_parameters() if not name.endswith("gate_bias")}
+    return {name: p for name, p in plain(model).named_parameters() if ".gate_" not in name or "gate_proj" in name}
 
 
 def take_a_step(student, dense):
@@ -106,6 +113,23 @@ def test_constant_biases_do_not_train(train):
     assert len(biases) == 2
     assert all(torch.equal(p, torch.full((4,), 0.25)) for p in biases.values())
     assert not any(n in trained(student) for n in biases)
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("bias", ["learned", "constant"])
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_gate_queries_train_in_every_kind_of_run_and_are_no_weights(train, bias):
+    pytest.importorskip("peft")
+    dense = tiny_loaded()
+    student = make_student(dense, recipe(train=train, bias=bias, gate_query=True))
+    queries = {n: p for n, p in trained(student).items() if n.endswith("gate_query")}
+    assert [p.shape for p in queries.values()] == [(4, 8), (4, 8)]
+    assert sum(n.endswith("gate_bias") for n in trained(student)) == (2 if bias == "learned" else 0)
+    without = make_student(dense, recipe(train=train, bias=bias))
+    assert not any("gate_query" in n for n, _ in without.named_parameters())
+    assert trained_weights(student).keys() == trained_weights(without).keys()
+    take_a_step(student, dense)
+    assert all((p != 0).all() for p in queries.values())
 
 
 @pytest.mark.matches
@@ -210,6 +234,48 @@ def test_saved_weights_go_back_where_they_came_from(train):
     assert all(torch.equal(trained_weights(fresh)[n], saved[n]) for n in saved)
 
 
+# -- starting from a trained model -----------------------------------------------------------------------------
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("queries", [(False, False), (False, True), (True, True)], ids=["none", "new", "kept"])
+@pytest.mark.parametrize("train", ["full", "attention", "lora"])
+def test_a_run_goes_on_from_a_trained_model_and_its_gate_queries_may_be_new(train, queries):
+    pytest.importorskip("peft")
+    dense = tiny_loaded()
+    old, new = (make_student(dense, recipe(train=train, gate_query=query)) for query in queries)
+    take_a_step(old, dense)
+    digest = start_from_(new, old)
+    tokens = NoiseBatches().at(1, 2).tokens
+    assert torch.equal(new(input_ids=tokens).logits, old(input_ids=tokens).logits)
+    before = trained(old)
+    assert all(torch.equal(p, before[n]) for n, p in trained(new).items() if n in before)
+    added = trained(new).keys() - before.keys()
+    assert len(added) == (2 if queries == (False, True) else 0)
+    assert all(n.endswith("gate_query") and (trained(new)[n] == 0).all() for n in added)
+    assert digest == start_from_(make_student(dense, recipe(train=train, gate_query=queries[1])), old)
+    with torch.no_grad():
+        next(iter(before.values())).view(-1)[0] += 1
+    assert digest != start_from_(new, old)
+
+
+@pytest.mark.survives
+def test_starting_from_a_model_that_does_not_fit_is_refused_and_nothing_changes():
+    dense = tiny_loaded()
+    old = make_student(dense, recipe(train="attention", gate_query=True))
+    take_a_step(old, dense)
+    wider, less = (make_student(tiny_loaded(name), recipe(train="attention")) for name in ("llama-gqa-4-to-1", "llama"))
+    other = make_student(dense, recipe(train="attention", gate_query=True))
+    trained(other)["model.layers.1.self_attn.gate_query"].data = torch.zeros(4, 4)
+    cases = {"gate_query": less, "k_proj": wider, "layers.1.self_attn.gate_query": other}
+    for named, student in cases.items():
+        before = {n: p.detach().clone() for n, p in trained(student).items()}
+        model = make_student(dense, recipe(train="attention")) if named == "k_proj" else old
+        with pytest.raises(RecipeError, match=named):
+            start_from_(student, model)
+        assert all(torch.equal(p, before[n]) for n, p in trained(student).items())
+
+
 @pytest.mark.survives
 def test_weights_too_many_too_few_or_of_another_shape_are_refused_and_nothing_changes():
     student = make_student(tiny_loaded(), recipe(train="attention"))
@@ -220,6 +286,7 @@ def test_weights_too_many_too_few_or_of_another_shape_are_refused_and_nothing_ch
         "too few": {n: tensor for n, tensor in other.items() if n != last},
         "too many": {**other, "stranger": torch.zeros(3)},
         "a gate bias": {**other, "model.layers.0.self_attn.gate_bias": torch.zeros(4)},
+        "a gate query": {**other, "model.layers.0.self_attn.gate_query": torch.zeros(4, 8)},
         "another shape": {**other, last: torch.zeros(32)},  # would be broadcast over the matrix
     }
     for flaw, saved in flawed.items():
@@ -255,6 +322,10 @@ def test_a_half_precision_run_casts_what_is_frozen_once():
     cast = at_precision(dense, recipe(precision="bf16", train="attention"))
     assert {p.dtype for p in cast.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in dense.model.parameters()} == {torch.float32}
+    frequencies = [dict(x.model.named_buffers())["model.rotary_emb.inv_freq"] for x in (dense, cast)]
+    assert torch.equal(*frequencies)  # as transformers loads a bfloat16 model
+    assert frequencies[1].dtype == torch.float32
+    assert at_precision(cast, recipe(precision="bf16", train="lora")) is cast  # already there: no second copy
     student = make_student(cast, recipe(precision="bf16", train="attention"))
     assert {p.dtype for p in trained(student).values()} == {torch.float32}  # what moves is kept in float32
     assert student.model.norm.weight.data_ptr() == cast.model.model.norm.weight.data_ptr()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -107,6 +108,12 @@ def whole_and_stopped(base, settings, data, tmp_path, *stops, control=False, num
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """The optimiser of a GPU, which torch has for the CPU too."""
+    monkeypatch.setattr(training, "_fused", lambda student: True)
+
+
 def before_each_piece(monkeypatch, act):
     """Have `act(step, part, windows)` called before every micro-batch; returns what undoes it."""
     inputs = training._inputs
@@ -143,6 +150,9 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path, model,
         {"layer_weights": (1.0, 0.5), "head_weights": (1.0, 0.0, 2.0, 1.0)},
         {"slack": 0.02, "cooling": True, "decay_fraction": 0.8},
         {"kl_margin": None, "loss_margin": 0.01, "weight_decay": 0.1},
+        {"gate_query": True},
+        {"gate_query": True, "bias": "constant", "train": "lora"},
+        {"target_edges": 3.0, "kl_margin": None, "loss_margin": None},
         {"precision": "bf16", "train": "attention"},
         {"precision": "bf16", "train": "lora"},
     ],
@@ -150,6 +160,79 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path, model,
 )
 def test_every_kind_of_run_survives_two_stops(tmp_path, settings):
     whole_and_stopped(dense(), recipe(steps=5, **settings), NoiseBatches(), tmp_path, 2, 3)
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_fused_run_survives_two_stops(tmp_path, fused, train):
+    settings = recipe(steps=5, train=train, clip=0.05, gate_query=True)
+    whole_and_stopped(dense(), settings, NoiseBatches(), tmp_path, 2, 3)
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("made", [text, NoiseBatches], ids=["text", "noise"])
+def test_a_batch_prepared_ahead_is_the_one_of_its_step_and_of_no_other(made):
+    run = training._start(dense(), recipe(), made(), None, gated=True)
+    for step in (1, 3, 4, 7):  # with text, an epoch ends in steps 3 and 6
+        run.step, wanted = step, made().at(step, 4)
+        for ahead in (None, step, step + 1, step - 1):
+            run.ahead = None if ahead is None else (ahead, run.data.at(ahead, 4))
+            found = training._batch(run)
+            assert torch.equal(found.tokens, wanted.tokens)
+            assert torch.equal(found.counts, wanted.counts)
+    wrong = run.data.at(9, 4)
+    run.ahead = (run.step, wrong)
+    assert training._batch(run) is wrong  # it is taken, not made again
+
+
+@pytest.mark.reproduces
+def test_a_run_that_prepares_its_batches_ahead_gives_the_same_bits(tmp_path, monkeypatch):
+    """What recipe.graph does on a GPU: the next step's batch is made before this step's record is read."""
+    update, asked = training._update, []
+
+    class Counting(NoiseBatches):
+        def at(self, step, size):
+            asked.append(step)
+            return super().at(step, size)
+
+    def ahead(run, norm, found):
+        update(run, norm, found)
+        run.ahead = (run.step + 1, run.data.at(run.step + 1, run.recipe.batch_size))
+
+    post_train(dense(), recipe(steps=5), NoiseBatches(), folder=tmp_path / "whole")
+    monkeypatch.setattr(training, "_update", ahead)
+    with pytest.raises(Interrupted):
+        post_train(dense(), recipe(steps=5), Counting(), folder=tmp_path / "ahead", watch=StopAt(2))
+    assert asked == [0, 1, 2]
+    post_train(dense(), recipe(steps=5), Counting(), folder=tmp_path / "ahead")
+    assert asked == [0, 1, 2, 2, 3, 4, 5]  # each batch once a piece, the last one in vain
+    same(tmp_path / "whole", tmp_path / "ahead")
+
+
+NEWER = ("gate_query", "target_edges", "compiled")
+
+
+def forget_newer_fields(folder):
+    """Make a checkpoint one of the time before these fields."""
+    stored = store.load(folder, "checkpoint")
+    known = {name: value for name, value in stored.facts["recipe"].items() if name not in NEWER}
+    assert len(known) == len(stored.facts["recipe"]) - len(NEWER)
+    store.save(folder, "checkpoint", stored.tensors, stored.facts | {"recipe": known})
+
+
+@pytest.mark.reproduces
+def test_a_checkpoint_that_does_not_know_a_newer_field_means_its_default(tmp_path):
+    post_train(dense(), recipe(steps=4), NoiseBatches(), folder=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        post_train(dense(), recipe(steps=4), NoiseBatches(), folder=tmp_path / "parts", watch=StopAt(2))
+    forget_newer_fields(tmp_path / "parts" / "checkpoint")
+    changes = {"gate_query": True, "compiled": True}
+    changes |= {"target_edges": 3.0, "kl_margin": None, "loss_margin": None}
+    for change in ({"gate_query": True}, {"compiled": True}, changes):
+        with pytest.raises(StoreError, match=rf"started with ({'|'.join(change)})="):
+            post_train(dense(), recipe(steps=4, **change), NoiseBatches(), folder=tmp_path / "parts")
+    post_train(dense(), recipe(steps=4), NoiseBatches(), folder=tmp_path / "parts")
+    same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.reproduces
@@ -262,6 +345,8 @@ def test_what_does_not_train_does_not_move(train):
         ({"batch_size": 8}, "batch_size"),
         ({"train": "attention"}, "train"),
         ({"bias": "constant"}, "bias"),
+        ({"gate_query": True}, "gate_query"),
+        ({"compiled": True}, "compiled"),
         ({"smoothing": 0.5}, "smoothing"),
         ({"layer_weights": (1.0, 1.0)}, "layer_weights"),
         ({"data": NoiseBatches(seed=1)}, "data"),
@@ -394,6 +479,9 @@ def test_a_signal_from_outside_saves_within_a_step_and_the_run_resumes_to_the_sa
 # -- numbers that are not finite -------------------------------------------------------------------------------
 
 
+BOTH_OPTIMISERS = pytest.mark.parametrize("on_gpu", [False, True], ids=["plain", "fused"])
+
+
 def planted(monkeypatch, plant, step=3):
     """Have `plant(run)` called just before a step."""
     forward = training._accumulate_within_memory
@@ -414,9 +502,12 @@ def planted(monkeypatch, plant, step=3):
         ("model.layers.1.mlp.up_proj.weight", -math.inf),
         ("model.norm.weight", math.nan),
         ("model.layers.0.self_attn.gate_bias", math.nan),
+        ("model.layers.0.self_attn.gate_query", math.nan),
     ],
 )
-def test_a_bad_weight_stops_the_run_before_the_update_and_is_named(tmp_path, monkeypatch, name, bad):
+@BOTH_OPTIMISERS
+def test_a_bad_weight_stops_the_run_before_the_update_and_is_named(tmp_path, monkeypatch, name, bad, on_gpu):
+    monkeypatch.setattr(training, "_fused", lambda student: on_gpu)
     seen = {}
 
     def plant(run):
@@ -425,8 +516,9 @@ def test_a_bad_weight_stops_the_run_before_the_update_and_is_named(tmp_path, mon
         seen["run"], seen["before"] = run, {n: p.detach().clone() for n, p in trained(run.student).items()}
 
     planted(monkeypatch, plant)
+    settings = recipe(checkpoint_every=2, gate_query=True)
     with pytest.raises(TrainingError, match=f"step 3: parameter {re.escape(name)} is not finite") as caught:
-        post_train(dense(), recipe(checkpoint_every=2), NoiseBatches(), folder=tmp_path)
+        post_train(dense(), settings, NoiseBatches(), folder=tmp_path)
     assert caught.value.hint
     assert all(torch.equal(p, seen["before"][n]) for n, p in trained(seen["run"].student).items() if n != name)
     kept = store.load(tmp_path / "checkpoint", "checkpoint")
@@ -434,10 +526,19 @@ def test_a_bad_weight_stops_the_run_before_the_update_and_is_named(tmp_path, mon
     assert all(torch.isfinite(x).all() for named in kept.tensors.values() for x in named.values())
 
 
+def moments(run):
+    """Adam's state by name: both moments and the step they count."""
+    named = trained(run.student).items()
+    return {(name, key): x.clone() for name, p in named for key, x in run.optimizer.state[p].items()}
+
+
 @pytest.mark.survives
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_gradient_is_named_and_no_parameter_moves(tmp_path, monkeypatch, bad):
-    name, seen = "model.layers.1.self_attn.v_proj.weight", {}
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.self_attn.gate_query"])
+@BOTH_OPTIMISERS
+def test_a_bad_gradient_is_named_and_neither_parameters_nor_moments_move(tmp_path, monkeypatch, bad, name, on_gpu):
+    monkeypatch.setattr(training, "_fused", lambda student: on_gpu)
+    seen = {}
 
     def plant(run):
         def spoil(gradient):
@@ -447,12 +548,54 @@ def test_a_bad_gradient_is_named_and_no_parameter_moves(tmp_path, monkeypatch, b
 
         trained(run.student)[name].register_hook(spoil)
         seen["run"], seen["before"] = run, {n: p.detach().clone() for n, p in trained(run.student).items()}
+        seen["moments"] = moments(run)
 
     planted(monkeypatch, plant)
     with pytest.raises(TrainingError, match=f"step 3: gradient of {re.escape(name)} is not finite"):
-        post_train(dense(), recipe(checkpoint_every=3), NoiseBatches(), folder=tmp_path)
+        post_train(dense(), recipe(checkpoint_every=3, gate_query=True), NoiseBatches(), folder=tmp_path)
     assert all(torch.equal(p, seen["before"][n]) for n, p in trained(seen["run"].student).items())
+    after = moments(seen["run"])
+    assert after.keys() == seen["moments"].keys()
+    assert all(torch.equal(x, seen["moments"][key]) for key, x in after.items())
+    assert {float(x) for (_, key), x in after.items() if key == "step"} == {3.0}
+    assert {group["fused"] for group in seen["run"].optimizer.param_groups} == {on_gpu}
     assert store.load(tmp_path / "checkpoint").facts["step"] == 3
+
+
+@pytest.mark.matches
+@BOTH_OPTIMISERS
+@pytest.mark.parametrize("clip", [1e-3, 0.4, 1e3], ids=["cut far", "cut", "not cut"])
+def test_an_update_is_that_of_clipped_gradients_and_none_where_anything_is_not_finite(monkeypatch, clip, on_gpu):
+    """Adam's moments after a first step show the gradient it was given: Adam itself would hide a scale."""
+    monkeypatch.setattr(training, "_fused", lambda student: on_gpu)
+    run = training._start(dense(), recipe(clip=clip), NoiseBatches(), None, gated=True)
+    training._set_learning_rates(run)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in run.parameters:
+        parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
+    raw = [parameter.grad.double().clone() for parameter in run.parameters]
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters])
+    good = torch.tensor([1.0, 2.0])
+    for found in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 1.0]), torch.tensor([1.0, -math.inf])):
+        training._update(run, norm, found)
+        assert all(torch.equal(p, x) for p, x in zip(run.parameters, before, strict=True))
+        states = [run.optimizer.state[p] for p in run.parameters]
+        assert all(not state or (state["step"] == 0 and state["exp_avg"].abs().max() == 0) for state in states)
+    training._update(run, norm, good)
+    length = torch.stack([x.square().sum() for x in raw]).sum().sqrt()
+    factor = min(1.0, clip / float(length))
+    assert (factor < 1) == (clip < 1)
+    for parameter, gradient, old in zip(run.parameters, raw, before, strict=True):
+        state = run.optimizer.state[parameter]
+        size = 0.1 * factor * gradient.abs().max()  # 1 - beta
+        assert (state["exp_avg"] - 0.1 * factor * gradient).abs().max() / size < CLIPPED
+        assert (parameter.grad - factor * gradient).abs().max() / (10 * size) < CLIPPED
+        assert state["step"] == 1
+        assert not torch.equal(parameter, old)
+
+
+CLIPPED = 3e-6  # relative; measured 8.0e-7: torch adds 1e-6 to the norm, here 1.4
 
 
 @pytest.mark.survives
@@ -668,6 +811,39 @@ def test_annealing_falls_linearly_to_nothing_and_opens_gates_on_its_way():
     plain = [r["edges_per_query_per_head"] for r in post_train(dense(), without, NoiseBatches()).records]
     assert edges[0] == 6.5  # (12 + 1) / 2: a bias of 200 opens every gate
     assert edges[4] == plain[4] < 4.5
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("target", [2.0, 5.0])
+def test_a_target_moves_the_price_by_each_batchs_edges_and_the_edges_after_it(target):
+    """The run starts at 3.1 edges of 6.5; without smoothing, the price follows every batch by the law."""
+    settings = recipe(
+        **{"steps": 40, "target_edges": target, "kl_margin": None, "loss_margin": None, "smoothing": 0.0},
+        **{"multiplier_rate": 0.1, "multiplier_start": 0.05, "bias_learning_rate": 0.05, "decay_fraction": 0.0},
+    )
+    records = post_train(dense(), settings, NoiseBatches()).records
+    edges, prices = ([r[name] for r in records] for name in ("edges_per_query_per_head", "multiplier"))
+    pulls = [min(1.0, max(-1.0, 10 * math.log(x / target))) for x in edges]
+    moved = [math.log(new / old) for old, new in itertools.pairwise([0.05, *prices])]
+    assert moved == pytest.approx([0.1 * pull for pull in pulls], abs=8e-16)  # measured 2.2e-16
+    assert min(edges) < target < max(edges)
+    assert {r["margin"] for r in records} == {None}
+
+
+@pytest.mark.matches
+def test_gate_queries_learn_at_the_weights_rate_without_decay():
+    """Adam moves a number by the learning rate in its first step, whatever its gradient."""
+    settings = recipe(steps=1, gate_query=True, learning_rate=1e-3, bias_learning_rate=0.1, weight_decay=0.5)
+    run = training._start(dense(), settings, NoiseBatches(), None, gated=True)
+    groups = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
+    kinds = {"gate_query": (1e-3, 0.0), "gate_bias": (0.1, 0.0), "norm.weight": (1e-3, 0.0), "proj.weight": (1e-3, 0.5)}
+    for name, parameter in trained(run.student).items():
+        for kind in (kind for kind in kinds if name.endswith(kind)):
+            group = groups[id(parameter)]
+            assert (group["peak"], group["weight_decay"]) == kinds[kind]
+    training._step(run)
+    moved = [module.gate_query.detach().abs() for module in dense().anatomy.modules(run.student)]
+    assert all(0.9 * 5e-4 < float(x.max()) <= 1.001 * 5e-4 for x in moved)  # the first of two steps of warm-up
 
 
 @pytest.mark.matches

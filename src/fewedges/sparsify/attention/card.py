@@ -6,6 +6,7 @@ from typing import Any
 def model_card(facts: dict[str, Any]) -> str:
     """Markdown with front matter: what it is, how to load it, how not to, and its numbers."""
     base, last = facts["base"]["name"], facts["last_record"] or {}
+    gate = "score + bias[layer, head]" + (" + gate query . key" if facts["recipe"].get("gate_query") else "")
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in _numbers(last).items())
     return f"""---
 library_name: fewedges
@@ -16,7 +17,7 @@ tags: [sparse-attention, interpretability, fewedges]
 # Sparse {base}
 
 The attention of `{base}` after sparse attention post-training (arXiv:2512.05865) with fewedges
-{facts["versions"].get("fewedges", "")}: an attention edge exists where `score + bias[layer, head] > 0`; all others
+{facts["versions"].get("fewedges", "")}: an attention edge exists where `{gate} > 0`; all others
 are cut.
 
 ## Load it
@@ -26,7 +27,7 @@ are cut.
     sparse.model.generate(...)
 
 **Without fewedges this folder is not a model.** It holds what differs from the base (`weights-*.safetensors`), the gate
-biases (`gates-*.safetensors`) and a manifest; the file names are such that `AutoModelForCausalLM.from_pretrained`
+parameters (`gates-*.safetensors`) and a manifest; the file names are such that `AutoModelForCausalLM.from_pretrained`
 refuses the folder. Loading the weights into the plain architecture by hand gives a *dense* model: the gates are not in
 any architecture of transformers, and its numbers are not those below.
 

@@ -12,7 +12,7 @@ import torch
 
 from fewedges import store
 from fewedges.errors import StoreError, TrainingError
-from fewedges.recipes import to_dict
+from fewedges.recipes import from_dict, to_dict
 from fewedges.sparsify.attention.constraint import Multiplier
 from fewedges.sparsify.attention.student import trained
 
@@ -82,7 +82,7 @@ def load_checkpoint(run: "Run", folder: Path) -> None:
 def _check_same_run(run: "Run", folder: Path, facts: dict[str, Any]) -> None:
     mine = {"base": run.dense.name, "gated": run.gated, "start": run.start, "data": run.data.describe()}
     now = {**mine, **to_dict(run.recipe)}
-    then = {**{name: facts[name] for name in mine}, **facts["recipe"]}
+    then = {**{name: facts[name] for name in mine}, **to_dict(from_dict(facts["recipe"]))}
     for name in now:
         if name not in MAY_CHANGE and json.dumps(now[name]) != json.dumps(then.get(name)):
             found = f"it was started with {name}={then.get(name)!r}, now {now[name]!r}"

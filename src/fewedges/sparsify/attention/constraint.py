@@ -10,6 +10,7 @@ s, so that no gate closes when nothing can be repaired any more. Both are ours; 
 came about, and that neither was tested by itself in this loop.
 
     violation = max over constraints of (value - margin - slack * s)
+              = 10 width * log(target / edges) where the recipe turns it around: so many edges at the least loss
     mean      = smoothing * mean + (1 - smoothing) * violation        (the first value starts it)
     log price = log price - rate * clip(mean / width, -1, 1)
 """
@@ -27,9 +28,14 @@ class Multiplier:
     price: float
     mean: float | None = None
 
-    def update_(self, recipe: SparseAttention, kl: float, excess_loss: float, fall: float = 1.0) -> None:
-        """Move the price after a step whose batch had this KL and this cross-entropy above the dense model's."""
-        now = violation(recipe, kl, excess_loss) - recipe.slack * fall
+    def update_(
+        self, recipe: SparseAttention, kl: float, excess_loss: float, fall: float = 1.0, edges: float = math.nan
+    ) -> None:
+        """Move the price after a step whose batch had this KL, this cross-entropy above dense, and these edges."""
+        if recipe.target_edges is None:
+            now = violation(recipe, kl, excess_loss) - recipe.slack * fall
+        else:
+            now = 10 * recipe.multiplier_width * math.log(recipe.target_edges / max(edges, 1e-9))
         self.mean = now if self.mean is None else recipe.smoothing * self.mean + (1 - recipe.smoothing) * now
         pull = max(-1.0, min(1.0, self.mean / recipe.multiplier_width))
         self.price *= math.exp(-recipe.multiplier_rate * pull)

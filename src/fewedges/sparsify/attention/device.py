@@ -67,10 +67,21 @@ def _store(base, at, stride, x, T, E: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _load_bias(at, j, stride, T, CHECK: tl.constexpr):
+    """The gate bias of keys `j` in base 2, (len(j),); finite, because -inf masks; NaN where a key is padding."""
+    if CHECK:  # noqa: SIM108  (Triton chooses at compile time between statements alone)
+        bias = tl.load(at + j * stride, mask=j < T, other=0.0)
+    else:
+        bias = tl.load(at + j * stride)
+    clamped = tl.minimum(tl.maximum(bias * 1.4426950408889634, -1e30), 1e30)
+    return tl.where(bias == bias, clamped, bias)
+
+
+@triton.jit
 def _forward_tiles(
-    acc, top, total, expected, opened, q, k_at, v_at, k_t, v_t, row, i, scale, bias, start, stop, T,
-    MASKED: tl.constexpr, SAMPLE: tl.constexpr, E: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    acc, top, total, expected, opened, q, k_at, v_at, bias_at, k_t, v_t, bias_t, row, i, scale, start, stop, T,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, SAMPLE: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Walk over the keys from `start` to `stop`, carrying FlashAttention's running maximum and total."""
     for j0 in range(start, stop, N):
@@ -79,10 +90,17 @@ def _forward_tiles(
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
         if MASKED:
             raw = tl.where(i[:, None] >= j[None, :], raw, float("-inf"))
+        bias = _load_bias(bias_at, j, bias_t, T, MASKED)
+        if PADDED:
+            raw = tl.where((bias == bias)[None, :], raw, float("-inf"))
+            bias = tl.where(bias == bias, bias, 0.0)
         new_top = tl.maximum(top, tl.reduce(raw, 1, tl.standard._elementwise_max) * scale)
-        p = tl.exp2(raw * scale - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        logits = raw * scale + bias
+        shift = new_top
+        if PADDED:
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen padding alone
+        p = tl.exp2(raw * scale - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        logits = raw * scale + bias[None, :]
         a = tl.exp2(tl.minimum(logits, 60.0))  # sigmoid is 1 to the last bit long before
         odds = 1.0 + a
         column = j.to(tl.uint32) * 0x9E3779B9
@@ -101,8 +119,8 @@ def _forward_tiles(
 @triton.jit
 def forward(
     Q, K, V, Bias, Seed, Out, Expected, Opened, LogTotal,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, G, T, scale,
-    SAMPLE: tl.constexpr, E: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    bias_b, bias_h, bias_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, G, T, scale,
+    PADDED: tl.constexpr, SAMPLE: tl.constexpr, E: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """M rows of one head; the longest rows start first."""
@@ -113,21 +131,23 @@ def forward(
     g = h // (H // G)
     i = start + tl.arange(0, M)
     q = _load(Q + b * q_b + h * q_h, i, q_t, T, E, W, True)
-    bias = tl.minimum(tl.maximum(tl.load(Bias + h) * 1.4426950408889634, -1e30), 1e30)  # finite: -inf masks
     row = _mix(_mix(tl.load(Seed).to(tl.uint32, bitcast=True)) ^ (bh * T + i).to(tl.uint32))
     acc = tl.full((M, W), 0.0, tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.full((M,), 0.0, tl.float32)
-    k_at, v_at = K + b * k_b + g * k_h, V + b * v_b + g * v_h
+    k_at, v_at, bias_at = K + b * k_b + g * k_h, V + b * v_b + g * v_h, Bias + b * bias_b + h * bias_h
     diagonal = start // N * N
     acc, top, total, expected, opened = _forward_tiles(
-        acc, top, total, total, total, q, k_at, v_at, k_t, v_t, row, i, scale, bias, 0, diagonal, T,
-        False, SAMPLE, E, W, N, PRECISION, NATIVE,
+        acc, top, total, total, total, q, k_at, v_at, bias_at, k_t, v_t, bias_t, row, i, scale, 0, diagonal, T,
+        False, PADDED, SAMPLE, E, W, N, PRECISION, NATIVE,
     )  # fmt: skip
     acc, top, total, expected, opened = _forward_tiles(
-        acc, top, total, expected, opened, q, k_at, v_at, k_t, v_t, row, i, scale, bias,
-        diagonal, tl.minimum(start + M, T), T, True, SAMPLE, E, W, N, PRECISION, NATIVE,
+        acc, top, total, expected, opened, q, k_at, v_at, bias_at, k_t, v_t, bias_t, row, i, scale,
+        diagonal, tl.minimum(start + M, T), T, True, PADDED, SAMPLE, E, W, N, PRECISION, NATIVE,
     )  # fmt: skip
+    if PADDED:  # a row that saw padding alone gives 0, and p = 0 in the backward pass
+        top = tl.where(total > 0.0, top, float("inf"))
+        total = tl.where(total > 0.0, total, 1.0)
     _store(Out + b * o_b + h * o_h, i, o_t, acc / total[:, None], T, E, W)
     at = bh.to(tl.int64) * T + i
     tl.store(Expected + at, expected, mask=i < T)
@@ -167,12 +187,11 @@ def _gradients(
 
 @triton.jit
 def _query_grad_tiles(
-    dq, dbias, q, do, k_at, v_at, k_t, v_t, log_total, delta, grad_expected, row, i, scale, bias,
-    start, stop, T,
-    MASKED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    dq, q, do, k_at, v_at, bias_at, k_t, v_t, bias_t, log_total, delta, grad_expected, row, i, scale, start, stop, T,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the keys from `start` to `stop`, adding to dQ and to each row's share of dBias."""
+    """Walk over the keys from `start` to `stop`, adding to dQ."""
     for j0 in range(start, stop, N):
         j = j0 + tl.arange(0, N)
         k = _load(k_at, j, k_t, T, E, W, MASKED)
@@ -182,24 +201,27 @@ def _query_grad_tiles(
             raw = tl.where(i[:, None] >= j[None, :], raw, float("-inf"))
         d = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         column = j.to(tl.uint32) * 0x9E3779B9
-        _, ds, gate_grad = _gradients(
+        bias = _load_bias(bias_at, j, bias_t, T, MASKED)
+        if PADDED:
+            raw = tl.where((bias == bias)[None, :], raw, float("-inf"))
+            bias = tl.where(bias == bias, bias, 0.0)
+        _, ds, _ = _gradients(
             raw, d, log_total[:, None], delta[:, None], grad_expected[:, None], row[:, None], column[None, :],
-            scale, bias, SAMPLE, STRAIGHT, NATIVE,
+            scale, bias[None, :], SAMPLE, STRAIGHT, NATIVE,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        dbias += _sum(gate_grad, 1)
-    return dq, dbias
+    return dq
 
 
 @triton.jit
 def query_grad(
-    Q, K, V, Bias, Seed, DO, GradExpected, LogTotal, Delta, RowHash, Out, DQ, DBias,
-    o_b, o_h, o_t, dq_b, dq_h, dq_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,
-    H, G, T, scale, scaling,
-    SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    Q, K, V, Bias, Seed, DO, GradExpected, LogTotal, Delta, RowHash, Out, DQ,
+    o_b, o_h, o_t, dq_b, dq_h, dq_t, bias_b, bias_h, bias_t,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, H, G, T, scale, scaling,
+    PADDED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """dQ of M rows, their D = rowsum(dO * O), and their part of dBias. Rows beyond T: p = 0 through +inf."""
+    """dQ of M rows, and their D = rowsum(dO * O). Rows beyond T: p = 0 through +inf."""
     blocks = (T + M - 1) // M
     block = blocks - 1 - tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -215,31 +237,28 @@ def query_grad(
     tl.store(Delta + at, delta, mask=i < T)
     log_total = tl.load(LogTotal + at, mask=i < T, other=float("inf"))
     grad_expected = tl.load(GradExpected + at, mask=i < T, other=0.0)
-    bias = tl.minimum(tl.maximum(tl.load(Bias + h) * 1.4426950408889634, -1e30), 1e30)
     row = _mix(_mix(tl.load(Seed).to(tl.uint32, bitcast=True)) ^ (bh * T + i).to(tl.uint32))
     tl.store(RowHash + at, row.to(tl.int32, bitcast=True), mask=i < T)
     dq = tl.full((M, W), 0.0, tl.float32)
-    dbias = tl.full((M,), 0.0, tl.float32)
-    k_at, v_at = K + b * k_b + g * k_h, V + b * v_b + g * v_h
+    k_at, v_at, bias_at = K + b * k_b + g * k_h, V + b * v_b + g * v_h, Bias + b * bias_b + h * bias_h
     diagonal = start // N * N
-    dq, dbias = _query_grad_tiles(
-        dq, dbias, q, do, k_at, v_at, k_t, v_t, log_total, delta, grad_expected, row, i, scale, bias,
-        0, diagonal, T, False, SAMPLE, STRAIGHT, E, W, N, PRECISION, NATIVE,
+    dq = _query_grad_tiles(
+        dq, q, do, k_at, v_at, bias_at, k_t, v_t, bias_t, log_total, delta, grad_expected, row, i, scale,
+        0, diagonal, T, False, PADDED, SAMPLE, STRAIGHT, E, W, N, PRECISION, NATIVE,
     )  # fmt: skip
-    dq, dbias = _query_grad_tiles(
-        dq, dbias, q, do, k_at, v_at, k_t, v_t, log_total, delta, grad_expected, row, i, scale, bias,
-        diagonal, tl.minimum(start + M, T), T, True, SAMPLE, STRAIGHT, E, W, N, PRECISION, NATIVE,
+    dq = _query_grad_tiles(
+        dq, q, do, k_at, v_at, bias_at, k_t, v_t, bias_t, log_total, delta, grad_expected, row, i, scale,
+        diagonal, tl.minimum(start + M, T), T, True, PADDED, SAMPLE, STRAIGHT, E, W, N, PRECISION, NATIVE,
     )  # fmt: skip
     _store(DQ + b * dq_b + h * dq_h, i, dq_t, dq * scaling, T, E, W)
-    tl.store(DBias + bh * blocks + block, _sum(dbias, 0))
 
 
 @triton.jit
 def _key_grad_tiles(
-    dk, dv, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j, scale, bias,
+    dk, dv, dbias, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j, seen, scale, bias,
     start, stop, T,
-    MASKED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    M: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Walk down the rows from `start` to `stop`, adding to dK and dV; tiles are transposed, (N, M)."""
     column = j.to(tl.uint32) * 0x9E3779B9
@@ -255,25 +274,28 @@ def _key_grad_tiles(
         raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
             raw = tl.where(i[None, :] >= j[:, None], raw, float("-inf"))
+        if PADDED:
+            raw = tl.where(seen[:, None], raw, float("-inf"))
         d = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        kept, ds, _ = _gradients(
+        kept, ds, gate_grad = _gradients(
             raw, d, log_total[None, :], delta[None, :], grad_expected[None, :], row[None, :], column[:, None],
-            scale, bias, SAMPLE, STRAIGHT, NATIVE,
+            scale, bias[:, None], SAMPLE, STRAIGHT, NATIVE,
         )  # fmt: skip
+        dbias += _sum(gate_grad, 1)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, dbias
 
 
 @triton.jit
 def key_grad(
-    Q, K, V, Bias, Seed, DO, GradExpected, LogTotal, Delta, RowHash, DK, DV,
-    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,
-    H, G, T, scale, scaling,
-    SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    Q, K, V, Bias, Seed, DO, GradExpected, LogTotal, Delta, RowHash, DK, DV, DBias,
+    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, bias_b, bias_h, bias_t,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, H, G, T, scale, scaling,
+    PADDED: tl.constexpr, SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of N keys of one key/value head, summed over the query heads that share it (GQA)."""
+    """dK and dV of N keys of one key/value head, summed over the query heads that share it (GQA), and dBias of each."""
     blocks = (T + N - 1) // N
     start = tl.program_id(0) % blocks * N
     bg = tl.program_id(0) // blocks
@@ -289,14 +311,19 @@ def key_grad(
         h = g * (H // G) + member
         first = (b * H + h) * T
         q_at, do_at = Q + b * q_b + h * q_h, DO + b * do_b + h * do_h
-        bias = tl.minimum(tl.maximum(tl.load(Bias + h) * 1.4426950408889634, -1e30), 1e30)
-        dk, dv = _key_grad_tiles(
-            dk, dv, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j,
-            scale, bias, top, tl.minimum(below, T), T, True, SAMPLE, STRAIGHT, E, W, M, PRECISION, NATIVE,
+        bias = _load_bias(Bias + b * bias_b + h * bias_h, j, bias_t, T, True)
+        seen = bias == bias
+        if PADDED:
+            bias = tl.where(seen, bias, 0.0)
+        dbias = tl.full((N,), 0.0, tl.float32)
+        dk, dv, dbias = _key_grad_tiles(
+            dk, dv, dbias, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j, seen,
+            scale, bias, top, tl.minimum(below, T), T, True, PADDED, SAMPLE, STRAIGHT, E, W, M, PRECISION, NATIVE,
         )  # fmt: skip
-        dk, dv = _key_grad_tiles(
-            dk, dv, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j,
-            scale, bias, below, T, T, False, SAMPLE, STRAIGHT, E, W, M, PRECISION, NATIVE,
+        dk, dv, dbias = _key_grad_tiles(
+            dk, dv, dbias, k, v, q_at, do_at, q_t, do_t, GradExpected, LogTotal, Delta, RowHash, first, j, seen,
+            scale, bias, below, T, T, False, PADDED, SAMPLE, STRAIGHT, E, W, M, PRECISION, NATIVE,
         )  # fmt: skip
+        tl.store(DBias + first + j, dbias, mask=j < T)
     _store(DK + b * dk_b + g * dk_h, j, dk_t, dk * scaling, T, E, W)
     _store(DV + b * dv_b + g * dv_h, j, dv_t, dv, T, E, W)

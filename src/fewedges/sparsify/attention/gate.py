@@ -2,14 +2,16 @@
 
     S    = scaling * q k^T                       (softcapped where the model softcaps)
     G    = S + bias[head]                        the gate's logit: the same scores, no new projection
+           + scaling * w[head] k^T               (optional: a learned query that every query adds, in the gate alone)
     gate = 1[G + Logistic(0, 1) > 0]             sampled: training, gradient of sigmoid(G + noise)
     gate = 1[G > 0]                              hard: evaluation and generation
     Y    = (softmax(S) * gate) V                 softmax over all allowed keys; never renormalised
     edges = sum of sigmoid(G)                    expected open gates: what training minimises
 
 Source: Draye, Lei, Pan, Posner, Schoelkopf 2025, arXiv:2512.05865; the gate is that of SPARTAN,
-arXiv:2411.06890. Ours is the bias: theirs is one constant, ours may be learned per head. A row with no open
-gate gives output 0: a head that says nothing costs nothing.
+arXiv:2411.06890. Ours is the bias: theirs is one constant, ours may be learned per head, and by key through w. The
+softmax needs a large score for its sink (the first token, mostly); without w the gate of that key could not close.
+A row with no open gate gives output 0: a head that says nothing costs nothing.
 
 Shapes: B batch, H head, Q query, K key, E head width; keys and values may have fewer heads (GQA).
 """
@@ -53,7 +55,7 @@ def gated_attention(
     query: Float[Tensor, "B H Q E"],
     key: Float[Tensor, "B G K E"],
     value: Float[Tensor, "B G K E"],
-    bias: Float[Tensor, "H"],
+    bias: Float[Tensor, "H"] | Float[Tensor, "B H K"],
     allowed: Bool[Tensor, "#B 1 Q K"],
     *,
     scaling: float,
@@ -65,11 +67,32 @@ def gated_attention(
     A bias of +inf opens every gate and gives the dense model to the last bit the softmax allows.
     """
     scores = attention_scores(query, key, scaling, softcap)  # (B, H, Q, K)
-    logits = scores + bias.to(scores.dtype)[:, None, None]  # (B, H, Q, K)
+    logits = gate_logits(scores, bias)  # (B, H, Q, K)
     weights = attention_weights(scores, allowed) * gates(logits, gating)
     output = weights.to(value.dtype) @ repeat_heads(value, query.shape[1])  # (B, H, Q, E)
     expected = (torch.sigmoid(logits) * allowed).sum(-1)
     return Gated(output, expected, ((logits.detach() > 0) & allowed).sum(-1).to(expected.dtype))
+
+
+def key_bias(
+    bias: Float[Tensor, "H"], extra: Float[Tensor, "H E"] | None, key: Float[Tensor, "B G K E"], scaling: float
+) -> Float[Tensor, "H"] | Float[Tensor, "B H K"]:
+    """The gate bias as a key sees it: its head's, and scaling * w k where the head has a gate query w (`extra`)."""
+    if extra is None:
+        return bias
+    batch, groups, keys, width = key.shape
+    with torch.autocast(key.device.type, enabled=False):
+        exact = torch.promote_types(key.dtype, extra.dtype)
+        shift = key.to(exact) @ extra.to(exact).view(groups, -1, width).mT  # (B, G, K, H/G)
+    return bias[:, None] + scaling * shift.transpose(2, 3).reshape(batch, -1, keys)  # (B, H, K)
+
+
+def gate_logits(
+    scores: Float[Tensor, "B H Q K"], bias: Float[Tensor, "H"] | Float[Tensor, "B H K"]
+) -> Float[Tensor, "B H Q K"]:
+    """G: the scores plus a bias per head, or per head and key."""
+    bias = bias.to(scores.dtype)
+    return scores + (bias[:, None, None] if bias.dim() == 1 else bias[:, :, None, :])
 
 
 def gates(logits: Float[Tensor, "B H Q K"], gating: Gating) -> Float[Tensor, "B H Q K"]:

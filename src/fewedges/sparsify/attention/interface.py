@@ -28,11 +28,13 @@ from fewedges.model.attention import (
     register_maskless,
 )
 from fewedges.model.capture import Maps, prompt_tokens
-from fewedges.sparsify.attention.gate import OPEN_BIAS, Gated, Gating, gated_attention
+from fewedges.sparsify.attention.gate import OPEN_BIAS, Gated, Gating, gate_logits, gated_attention, key_bias
 
 GATED = "fewedges-gated"
 FUSED = "fewedges-fused"
-"""The same without a mask: only for passes through the fused kernel, which is causal by itself."""
+"""The same without a (Q, K) mask: only for passes through the fused kernel, which is causal by itself."""
+HARD = "fewedges-hard"
+"""Hard gates through the inference kernel (serving.py)."""
 
 
 @dataclass(kw_only=True)
@@ -70,25 +72,39 @@ class GatePass:
         return Gating(sample=self.sample, straight_through=self.straight_through, seed=self.seed + 7919 * layer)
 
 
-def attach_(model: Any, anatomy: Anatomy, *, bias_start: float = 0.0, learned: bool = True) -> Any:
-    """Give `model` gates in place: a float32 `gate_bias` (H,) per attention module, and the gated function."""
+def attach_(
+    model: Any, anatomy: Anatomy, *, bias_start: float = 0.0, learned: bool = True, gate_query: bool = False
+) -> Any:
+    """Give `model` gates in place: a float32 `gate_bias` (H,) per attention module, and the gated function.
+
+    With `gate_query` also a float32 `gate_query` (H, E), 0 at the start, which always learns.
+    """
     register(GATED, gated_forward)
     register_maskless(FUSED, gated_forward)
-    for module in anatomy.modules(model):
-        bias = torch.full((anatomy.heads,), bias_start, device=next(module.parameters()).device)
+    for module, layer in zip(anatomy.modules(model), anatomy.layers, strict=True):
+        device = next(module.parameters()).device
+        bias = torch.full((layer.heads,), bias_start, device=device)
         module.register_parameter("gate_bias", nn.Parameter(bias, requires_grad=learned))
+        if gate_query:
+            module.register_parameter("gate_query", nn.Parameter(torch.zeros(layer.heads, layer.width, device=device)))
     plain(model).set_attn_implementation(GATED)
     return model
 
 
 def is_gated(model: Any) -> bool:
     """Whether forward passes of this model go through gates."""
-    return plain(model).config._attn_implementation == GATED
+    return plain(model).config._attn_implementation in (GATED, FUSED, HARD)
 
 
 def gate_biases(model: Any, anatomy: Anatomy) -> Float[Tensor, "L H"]:
     """All gate biases of a gated model, layers stacked."""
     return torch.stack([module.gate_bias.detach() for module in anatomy.modules(model)])  # type: ignore[arg-type]
+
+
+def gate_queries(model: Any, anatomy: Anatomy) -> Float[Tensor, "L H E"] | None:
+    """All gate queries of a gated model, layers stacked; None where it has none."""
+    found = [module.gate_query.detach() for module in anatomy.modules(model) if hasattr(module, "gate_query")]  # type: ignore[operator, union-attr]
+    return torch.stack(found) if found else None  # type: ignore[arg-type]
 
 
 def gated_forward(
@@ -106,11 +122,13 @@ def gated_forward(
     """Attend through gates, in the AttentionInterface's signature; without a `gate_pass`, hard gates."""
     run = GatePass() if gate_pass is None else gate_pass
     layer: int = module.layer_idx  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias: Tensor = module.gate_bias + run.offset  # type: ignore[operator]  # (H,)
     bias = torch.full_like(bias, OPEN_BIAS) if run.open_all else bias
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = key_bias(bias, getattr(module, "gate_query", None), key, scale)  # (H,) or (B, H, K)
     if run.kernel == "triton":
-        result = _fused(query, key, value, bias, run.gating(layer), scale, softcap, sliding_window)
+        tokens = None if attention_mask is None else _tokens(attention_mask)
+        result = _fused(query, key, value, bias, run.gating(layer), scale, softcap, sliding_window, tokens)
     else:
         allowed = allowed_keys(attention_mask, key.shape[-2])
         options: dict[str, Any] = {"scaling": scale, "softcap": softcap}
@@ -134,7 +152,7 @@ def gated_maps(model: Any, tokenizer: Any, prompt: str) -> Maps:
 def _maps(query: Tensor, key: Tensor, bias: Tensor, allowed: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What hard gates let through: weights after the gate, and the gates, both (B, H, Q, K)."""
     scores = attention_scores(query, key, **options)
-    gate = (scores + bias[:, None, None] > 0) & allowed
+    gate = (gate_logits(scores, bias) > 0) & allowed
     return (attention_weights(scores, allowed) * gate).detach(), gate
 
 
@@ -147,10 +165,16 @@ def _fused(
     scaling: float,
     softcap: float | None,
     window: int | None,
+    tokens: Tensor | None,
 ) -> Gated:
-    """The fused kernel: plain causal attention without padding, which the training loop guarantees."""
+    """The fused kernel: causal attention, with padding where `tokens` are given."""
     from fewedges.sparsify.attention.kernel import fused_gated_attention
 
     check_plain(query, key, softcap, window)
-    options: dict[str, Any] = {"sample": gating.sample, "straight_through": gating.straight_through}
+    options: dict[str, Any] = {"sample": gating.sample, "straight_through": gating.straight_through, "tokens": tokens}
     return fused_gated_attention(query, key, value, bias, gating.seed, scaling=scaling, **options)
+
+
+def _tokens(mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 Q K"]) -> Bool[Tensor, "B K"]:
+    """Which keys are tokens: the padding mask, or the last query's row of a whole mask."""
+    return mask if mask.dim() == 2 else mask[:, 0, -1]

@@ -7,7 +7,7 @@ multiply its probabilities afterwards. Nothing random is stored: noise is a hash
 again in both backward kernels. With p = softmax(S), D = rowsum(dO * O), z = G + noise and d = dO V^T,
 
     gate_grad = p * d * sigmoid'(z) + dExpected * sigmoid'(G)
-    dS = gate_grad + p * (gate * d - D),   dBias = sum of gate_grad,   dV = (p * gate)^T dO,
+    dS = gate_grad + p * (gate * d - D),   dBias[j] = sum_i gate_grad[i, j],   dV = (p * gate)^T dO,
 
 where thresholded gates lose the first term, or keep it with z = G when straight-through. No atomics: the same
 inputs give the same bits. Exponentials are base 2 with the scale folded in. With a = exp(G) and a uniform
@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fewedges.errors import ModelError
@@ -62,14 +62,17 @@ def fused_gated_attention(
     query: Float[Tensor, "B H T E"],
     key: Float[Tensor, "B G T E"],
     value: Float[Tensor, "B G T E"],
-    bias: Float[Tensor, "H"],
+    bias: Float[Tensor, "H"] | Float[Tensor, "B H T"],
     seed: int | Int[Tensor, ""],
     *,
     scaling: float,
     sample: bool,
     straight_through: bool = False,
+    tokens: Bool[Tensor, "B T"] | None = None,
 ) -> Gated:
     """Attend causally through gates; equals `gated_attention` with a causal `allowed` and the same seed.
+
+    `tokens` says which keys are tokens, not padding (left, right, holes): no query sees the others.
 
     A `seed` tensor is read on the device: a new one neither recompiles nor waits. `scaling` is positive.
     Under autocast the inputs are cast as torch's own attention casts them. `sample` and `straight_through` as
@@ -82,7 +85,10 @@ def fused_gated_attention(
     if isinstance(seed, int):
         seed = torch.full((), _signed(seed), dtype=torch.int32, device=query.device)
     seed = seed.to(query.device, torch.int32)
-    given = (query, key, value, bias.float(), seed, scaling, sample, straight_through)
+    bias = (bias[:, None] if bias.dim() == 1 else bias).float().expand(query.shape[:3])  # no copy: strides of 0
+    if tokens is not None:
+        bias = bias.masked_fill(~tokens[:, None], torch.nan)  # no gradient there
+    given = (query, key, value, bias, seed, scaling, sample, straight_through, tokens is not None)
     output, expected, opened, _ = _attend(*given)
     return Gated(output, expected, opened.detach())
 
@@ -92,7 +98,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     found = ", ".join(str(tuple(x.shape)) for x in (query, key, value, bias))
     asked, hint = "fused gated attention", "the plain gated_attention of gate.py"
     alike = tuple(key.shape) == tuple(value.shape) == (batch, key.shape[1], length, width)
-    if not alike or heads % key.shape[1] or bias.shape != (heads,):
+    if not alike or heads % key.shape[1] or tuple(bias.shape) not in ((heads,), (batch, heads, length)):
         raise ModelError(asked, f"query, key, value, bias {found}: not self-attention of equal lengths", hint)
     if not query.dtype == key.dtype == value.dtype:
         raise ModelError(asked, f"dtypes {query.dtype}, {key.dtype}, {value.dtype}", "one dtype for all")
@@ -108,30 +114,31 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
 # ------------------------------------------------------------------------------------------------------------
 
 _SHARED = "Tensor query, Tensor key, Tensor value, Tensor bias, Tensor seed"
+"""`bias` is NaN at keys that are padding, where the call is `padded`."""
 
 
 @torch.library.custom_op(
     "fewedges::gated_attention",
     mutates_args=(),
-    schema=f"({_SHARED}, float scaling, bool sample, bool straight) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SHARED}, float scaling, bool sample, bool straight, bool padded) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _attend(query, key, value, bias, seed, scaling, sample, straight):
+def _attend(query, key, value, bias, seed, scaling, sample, straight, padded):
     """Output, expected and open gates, and the base-2 logsumexp that the backward pass needs."""
     kernels = _kernels(query.device)
     query, key, value = _rows(query), _rows(key), _rows(value)
-    results = _attend_shapes(query, key, value, bias, seed, scaling, sample, straight)
+    results = _attend_shapes(query, key, value, bias, seed, scaling, sample, straight, padded)
     tile = _tiles(query).forward
     with torch.cuda.device_of(query):
         kernels.forward[_grid(query, query, tile.rows)](
-            query, key, value, bias.contiguous(), seed, *results,
+            query, key, value, bias, seed, *results, *bias.stride(),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
-            *_scalars(query, key), scaling * LOG2E, SAMPLE=sample, **_constants(query, tile),
+            *_scalars(query, key), scaling * LOG2E, PADDED=padded, SAMPLE=sample, **_constants(query, tile),
         )  # fmt: skip
     return results
 
 
 @_attend.register_fake
-def _attend_shapes(query, key, value, bias, seed, scaling, sample, straight):
+def _attend_shapes(query, key, value, bias, seed, scaling, sample, straight, padded):
     rows = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3))
     return _heads_inside(query), *rows
 
@@ -140,47 +147,50 @@ def _attend_shapes(query, key, value, bias, seed, scaling, sample, straight):
     "fewedges::gated_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor grad_expected, {_SHARED}, Tensor output, Tensor log_total, float scaling, "
-    "bool sample, bool straight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool sample, bool straight, bool padded) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _pull_back(grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight):
+def _pull_back(
+    grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight, padded
+):
     """Gradients of query, key, value, bias. `query_grad` runs first: it leaves D and half the hash."""
     kernels = _kernels(query.device)
     query, key, value, grad, output = (_rows(x) for x in (query, key, value, grad, output))
     grad_query, grad_key, grad_value = _heads_inside(query), _heads_inside(key), _heads_inside(value)
     for_rows, for_keys = _tiles(query)[1:]
-    blocks = -(-query.shape[2] // for_rows.rows)
-    grad_bias = query.new_empty((query.shape[0], query.shape[1], blocks), dtype=torch.float32)
     delta, row_hash = torch.empty_like(log_total), torch.empty_like(log_total, dtype=torch.int32)
-    inputs = (query, key, value, bias.contiguous(), seed, grad, grad_expected.contiguous(), log_total)
-    strides = (s for x in (query, key, value, grad) for s in x.stride()[:3])
+    grad_bias = torch.empty_like(log_total)
+    inputs = (query, key, value, bias, seed, grad, grad_expected.contiguous(), log_total)
+    strides = (s for x in (bias, query, key, value, grad) for s in x.stride()[:3])
     shared = (*strides, *_scalars(query, key), scaling * LOG2E, scaling)
     with torch.cuda.device_of(query):
         kernels.query_grad[_grid(query, query, for_rows.rows)](
-            *inputs, delta, row_hash, output, grad_query, grad_bias,
+            *inputs, delta, row_hash, output, grad_query,
             *output.stride()[:3], *grad_query.stride()[:3], *shared,
-            SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_rows),
+            PADDED=padded, SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_rows),
         )  # fmt: skip
         kernels.key_grad[_grid(query, key, for_keys.keys)](
-            *inputs, delta, row_hash, grad_key, grad_value,
+            *inputs, delta, row_hash, grad_key, grad_value, grad_bias,
             *grad_key.stride()[:3], *grad_value.stride()[:3], *shared,
-            SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_keys),
+            PADDED=padded, SAMPLE=sample, STRAIGHT=straight, **_constants(query, for_keys),
         )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_bias.sum((0, 2))
+    return grad_query, grad_key, grad_value, grad_bias
 
 
 @_pull_back.register_fake
-def _pull_back_shapes(grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight):
-    return _heads_inside(query), _heads_inside(key), _heads_inside(value), torch.empty_like(bias)
+def _pull_back_shapes(
+    grad, grad_expected, query, key, value, bias, seed, output, log_total, scaling, sample, straight, padded
+):
+    return _heads_inside(query), _heads_inside(key), _heads_inside(value), torch.empty_like(log_total)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scaling, ctx.sample, ctx.straight = inputs
+    *tensors, ctx.scaling, ctx.sample, ctx.straight, ctx.padded = inputs
     ctx.save_for_backward(*tensors, output[0], output[3])
 
 
 def _differentiate(ctx, grad, grad_expected, _open, _log_total):
-    grads = _pull_back(grad, grad_expected, *ctx.saved_tensors, ctx.scaling, ctx.sample, ctx.straight)
-    return *grads, None, None, None, None
+    options = ctx.scaling, ctx.sample, ctx.straight, ctx.padded
+    return *_pull_back(grad, grad_expected, *ctx.saved_tensors, *options), *(None,) * 5
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)

@@ -7,7 +7,8 @@ replayed. On an H200, SmolLM2-135M at T = 512 spent .23 to .27 s a step on launc
 a replay launches once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fewedges.model.anatomy import Anatomy, plain
+from fewedges.model.attention import register, register_maskless
 from fewedges.recipes import SparseAttention
-from fewedges.sparsify.attention.interface import GatePass
+from fewedges.sparsify.attention.interface import FUSED, GATED, GatePass, gated_forward
 from fewedges.sparsify.distilling import Losses, losses
 
 NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected")
@@ -88,6 +91,28 @@ def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) ->
     if recipe.head_weights:
         by_head = by_head * by_head.new_tensor(recipe.head_weights)
     return by_head.mean()
+
+
+@contextmanager
+def compiled_layers(models: list[Any], anatomy: Anatomy, backend: str = "inductor") -> Iterator[None]:
+    """Compile the decoder layers of `models`, all but their attention calls; put the plain ones back at the end.
+
+    Layer by layer, because the layers of a model share their code: it is compiled once, not once per layer. Gated
+    attention stays outside: it is one kernel already, and it knows its layer's number, which must not be compiled in.
+    """
+    layers = [plain(model).get_submodule(x.module.rpartition(".")[0]) for model in models for x in anatomy.layers]
+    outside = torch.compiler.disable(gated_forward)
+    register(GATED, outside)
+    register_maskless(FUSED, outside)
+    for layer in layers:
+        layer.compile(dynamic=False, backend=backend)
+    try:
+        yield
+    finally:
+        register(GATED, gated_forward)
+        register_maskless(FUSED, gated_forward)
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 class Graph:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +16,14 @@ from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check
 from fewedges.recipes import SparseAttention, from_dict, to_dict, write_recipe
 from fewedges.sparsify.attention.card import model_card
-from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, is_gated
-from fewedges.sparsify.attention.student import GATE_BIAS, make_student, put_back_, trained_weights
+from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, gate_queries, is_gated
+from fewedges.sparsify.attention.parallel import join
+from fewedges.sparsify.attention.sharding import wants_shards
+from fewedges.sparsify.attention.student import GATES, make_student, put_back_, trained_weights
 from fewedges.sparsify.attention.training import Record, post_train
+
+if TYPE_CHECKING:
+    from fewedges.sparsify.pruned import Pruned
 
 KIND, CONTROL = "sparse-attention", "dense-control"
 
@@ -99,11 +104,10 @@ def sparsify(
     recipe = SparseAttention(steps=1000) if recipe is None else recipe
     if not recipe.has_budget():
         raise RecipeError("sparsify", "the recipe has no budget", "steps=, tokens= or minutes=")
-    dense, starts = _origin(model, control)
-    if (dtype := next(dense.model.parameters()).dtype).itemsize < 4:
-        hint = "the float32 model, and precision=bf16 in the recipe to compute in bfloat16"
-        raise ModelError(f"sparsify {dense.name}", f"its weights are {dtype} in memory", hint)
-    batches = training_data(dense, recipe, data, max_tokens)
+    dense, starts = origin(model, control)
+    _check_format(dense, recipe)
+    team = join(dense.model, shard=wants_shards(None))
+    batches = team.first_then_all(lambda: training_data(dense, recipe, data, max_tokens))  # it fills the token cache
     folder = Path(out) if out is not None else None
     options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
     result = post_train(dense, recipe, batches, folder=folder, start=starts["sparse"], **options)
@@ -119,13 +123,22 @@ def sparsify(
         beside = folder / "control" if folder is not None else None
         twin = post_train(dense, recipe, batches, folder=beside, control=True, start=starts["control"], **options)
         sparse = _with(sparse, control=dense.with_model(_on_base(dense, recipe, twin.model)), finished=twin.finished)
-    if folder is not None:
+    if folder is not None and team.first:
         sparse.save(folder)
     check_sparse(sparse)  # after the save: a failed check must not lose the run
     return sparse
 
 
-def _origin(model: "Loaded | Sparse", control: bool) -> tuple[Loaded, dict[str, Any]]:
+def _check_format(dense: Loaded, recipe: SparseAttention) -> None:
+    """Half precision in memory will do for a frozen base under LoRA, and nowhere else."""
+    dtype = next(dense.model.parameters()).dtype
+    frozen = recipe.train == "lora" and recipe.precision == "bf16" and dtype == torch.bfloat16
+    if dtype.itemsize < 4 and not frozen:
+        hint = "the float32 model, or train=lora and precision=bf16 on a bfloat16 one"
+        raise ModelError(f"sparsify {dense.name}", f"its weights are {dtype} in memory", hint)
+
+
+def origin(model: "Loaded | Sparse", control: bool) -> tuple[Loaded, dict[str, Any]]:
     """The dense model, and what the sparse copy and its control begin with where that is not the dense model."""
     if isinstance(model, Loaded):
         return model, {"sparse": None, "control": None}
@@ -141,13 +154,19 @@ def _on_base(dense: Loaded, recipe: SparseAttention, student: Any) -> Any:
     for tensor in trained_weights(student).values():
         tensor.copy_(tensor.to(saved))
     if next(student.parameters()).dtype == next(dense.model.parameters()).dtype:
-        return student
+        return _as_base_(student, dense)  # float32 adapters of a bfloat16 base only train under autocast
     gates = is_gated(student)
     model = make_student(dense, recipe, gates=gates)
     put_back_(model, trained_weights(student))
     if gates:
-        _set_biases(model, dense, gate_biases(student, dense.anatomy), Path("memory"))
+        _set_gates(model, dense, _gates(student, dense), Path("memory"))
     return model
+
+
+def _gates(model: Any, dense: Loaded) -> store.Tensors:
+    """The gate parameters of a gated model, layers stacked."""
+    query = gate_queries(model, dense.anatomy)
+    return {"bias": gate_biases(model, dense.anatomy)} | ({} if query is None else {"query": query})
 
 
 def training_data(dense: Loaded, recipe: SparseAttention, data: Any, max_tokens: int | None = None) -> Batches:
@@ -189,19 +208,25 @@ def save_sparse(sparse: Sparse, folder: Path) -> Path:
         "results": sparse.results,
         "last_record": sparse.records[-1] if sparse.records else None,
     }
-    gates = {"bias": gate_biases(sparse.model, sparse.loaded.anatomy)}
-    store.save(folder, KIND, {"weights": _saved(sparse, sparse.model), "gates": gates}, facts)
+    gates = _gates(sparse.model, sparse.loaded)
+    store.save(folder, KIND, {"weights": _saved(sparse.recipe, sparse.model), "gates": gates}, facts)
     store.write_text(folder / "README.md", model_card(facts))
     store.write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in sparse.records))
     write_recipe(sparse.recipe, folder / "recipe.yaml")
     if sparse.control is not None:
-        weights = {"weights": _saved(sparse, sparse.control.model)}
-        store.save(folder / "control", CONTROL, weights, {name: facts[name] for name in ("base", "recipe", "data")})
+        save_control(folder / "control", sparse.dense, sparse.recipe, sparse.data, sparse.control.model)
     return folder
 
 
-def _saved(sparse: Sparse, model: Any) -> store.Tensors:
-    dtype = getattr(torch, sparse.recipe.saved)
+def save_control(folder: Path, dense: Loaded, recipe: SparseAttention, data: dict[str, Any], model: Any) -> None:
+    """Save a dense control: what moved, and what it was made of."""
+    base = {"name": dense.name, "sha256": fingerprint(dense.model)}
+    facts = {"base": base, "recipe": to_dict(recipe), "data": data}
+    store.save(folder, CONTROL, {"weights": _saved(recipe, model)}, facts)
+
+
+def _saved(recipe: SparseAttention, model: Any) -> store.Tensors:
+    dtype = getattr(torch, recipe.saved)
     return {name: tensor.to(dtype) for name, tensor in trained_weights(model).items()}
 
 
@@ -219,7 +244,7 @@ def load_sparse(
         raise StoreError(f"load {folder}", found, f"the base with sha256 {base['sha256'][:16]}...")
     student = make_student(dense, recipe)
     _put_back(student, saved.tensors["weights"], folder)
-    _set_biases(student, dense, saved.tensors["gates"]["bias"], folder)
+    _set_gates(student, dense, saved.tensors["gates"], folder)
     control = None
     if store.is_stored(folder / "control"):
         twin = make_student(dense, recipe, gates=False)
@@ -250,8 +275,8 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     probes: bool = True,
-) -> Sparse | Loaded:
-    """Load a saved sparse model (a folder that `sparsify` wrote) or a dense one (hub id, folder, .gguf, built-in).
+) -> "Sparse | Loaded | Pruned":
+    """Load a saved run (sparse attention, or sparse weights) or a dense model (hub id, folder, .gguf, built-in).
 
     With `gate_bias`, the weights of a dense checkpoint are run through constant gates `score + gate_bias > 0`.
     """
@@ -259,7 +284,11 @@ def load(
         found = "it is a sparse run and has gate biases of its own"
         raise RecipeError(f"load {name} with gate_bias={gate_bias}", found, "no gate_bias, or a dense checkpoint")
     if store.is_stored(name):
-        return load_sparse(name, dtype=dtype, device=device, probes=probes)
+        from fewedges.sparsify.pruned import KIND as PRUNED
+        from fewedges.sparsify.pruned import load_pruned
+
+        read = load_pruned if store.read_manifest(Path(name))["kind"] == PRUNED else load_sparse
+        return read(name, dtype=dtype, device=device, probes=probes)
     dense = load_dense(name, dtype=dtype, device=device, probes=probes)
     return dense if gate_bias is None else gates_only(dense, gate_bias)
 
@@ -283,20 +312,22 @@ def _put_back(student: Any, weights: store.Tensors, folder: Path) -> None:
         ) from error
 
 
-def _set_biases(student: Any, dense: Loaded, bias: torch.Tensor, folder: Path) -> None:
-    wanted = (len(dense.anatomy.layers), dense.anatomy.heads)
-    if tuple(bias.shape) != wanted:
-        raise StoreError(f"load {folder}", f"gate biases {tuple(bias.shape)}, the base has {wanted}", "another base")
+def _set_gates(student: Any, dense: Loaded, gates: store.Tensors, folder: Path) -> None:
+    wanted = {name: tuple(x.shape) for name, x in _gates(student, dense).items()}
+    found = {name: tuple(x.shape) for name, x in gates.items()}
+    if found != wanted:
+        raise StoreError(f"load {folder}", f"gates {found}, base and recipe have {wanted}", "another base")
     with torch.no_grad():
-        for module, row in zip(dense.anatomy.modules(student), bias, strict=True):
-            module.gate_bias.copy_(row)  # type: ignore[operator, union-attr]
+        for name, values in gates.items():
+            for module, value in zip(dense.anatomy.modules(student), values, strict=True):
+                getattr(module, f"gate_{name}").copy_(value)
 
 
 def _as_base_(model: Any, dense: Loaded) -> Any:
-    """The number format of the base for all but the gate biases: a layer in half precision refuses float32 input."""
+    """The number format of the base for all but the gates: a layer in half precision refuses float32 input."""
     dtype = next(dense.model.parameters()).dtype
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data if name.endswith(GATE_BIAS) else parameter.data.to(dtype)
+        parameter.data = parameter.data if name.endswith(GATES) else parameter.data.to(dtype)
     return model
 
 

@@ -16,7 +16,8 @@ from fewedges.model.loading import Loaded
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import attach_
 
-GATE_BIAS = "gate_bias"
+GATES = ("gate_bias", "gate_query")
+"""How the names of gate parameters end."""
 
 
 def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) -> Any:
@@ -28,15 +29,20 @@ def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) 
         parameter.requires_grad_(name in moving)
         parameter.data = parameter.data.float() if name in moving else parameter.data
     if gates:
-        attach_(student, dense.anatomy, bias_start=recipe.bias_start, learned=recipe.bias == "learned")
+        learned = {"learned": recipe.bias == "learned", "gate_query": recipe.gate_query}
+        attach_(student, dense.anatomy, bias_start=recipe.bias_start, **learned)
     return _with_adapters(student, recipe) if recipe.train == "lora" else student
 
 
 def at_precision(dense: Loaded, recipe: SparseAttention) -> Loaded:
     """The dense model as teacher and frozen base of a bf16 run: cast once, not in every forward pass."""
-    if recipe.precision == "fp32" or recipe.train == "full":
+    here = next(dense.model.parameters()).dtype == torch.bfloat16
+    if recipe.precision == "fp32" or recipe.train == "full" or here:
         return dense
-    return dense.with_model(copy.deepcopy(dense.model).to(torch.bfloat16))
+    model = copy.deepcopy(dense.model)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies would move far positions
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return dense.with_model(model)
 
 
 def trained(model: Any) -> dict[str, nn.Parameter]:
@@ -45,8 +51,12 @@ def trained(model: Any) -> dict[str, nn.Parameter]:
 
 
 def start_from_(student: Any, model: Any) -> str:
-    """Copy everything that moves from a model trained by the same kind of recipe; return the sha256 of it."""
+    """Copy everything that moves from a model trained by the same kind of recipe; return the sha256 of it.
+
+    Gate queries may be new: they start at 0, which changes nothing.
+    """
     values, targets = trained(model), trained(student)
+    targets = {name: p for name, p in targets.items() if name in values or not name.endswith("gate_query")}
     if odd := sorted(set(values) ^ set(targets)) or [n for n in values if values[n].shape != targets[n].shape]:
         raise RecipeError("start from a trained model", f"{odd[0]} is trained in one of them only", "its own recipe")
     digest = hashlib.sha256()
@@ -59,7 +69,7 @@ def start_from_(student: Any, model: Any) -> str:
 
 def put_back_(model: Any, weights: dict[str, Tensor]) -> None:
     """Copy saved weights into what moves, in place; a name too many or too few, or another shape, is a KeyError."""
-    targets = {name: parameter for name, parameter in trained(model).items() if not name.endswith(GATE_BIAS)}
+    targets = {name: parameter for name, parameter in trained(model).items() if not name.endswith(GATES)}
     both = set(targets) & set(weights)
     wrong = set(targets) ^ set(weights) | {name for name in both if targets[name].shape != weights[name].shape}
     if wrong:
@@ -70,8 +80,8 @@ def put_back_(model: Any, weights: dict[str, Tensor]) -> None:
 
 
 def trained_weights(model: Any) -> dict[str, Tensor]:
-    """What moves without the gate biases: what has to be saved beside the base model."""
-    return {name: p.detach() for name, p in trained(model).items() if not name.endswith(GATE_BIAS)}
+    """What moves without the gates: what has to be saved beside the base model."""
+    return {name: p.detach() for name, p in trained(model).items() if not name.endswith(GATES)}
 
 
 def _moving(dense: Loaded, recipe: SparseAttention) -> set[str]:
@@ -97,7 +107,7 @@ def _with_adapters(student: Any, recipe: SparseAttention) -> Any:
         raise RecipeError("train=lora", "the peft package is missing", "pip install 'fewedges[peft]'") from error
     from transformers.pytorch_utils import Conv1D
 
-    learned = [name for name in trained(student) if name.endswith(GATE_BIAS)]
+    learned = [name for name in trained(student) if name.endswith(GATES)]
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_rank,

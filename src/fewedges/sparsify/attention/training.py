@@ -3,17 +3,15 @@
     objective = kl_weight * KL(dense || sparse) + loss_weight * cross-entropy + price * expected edges
 
 per step, with the price moved by constraint.py. Everything random is a function of (seed, step): data order, gate
-noise. So a run that is stopped and resumed, at any step, gives the same bits as one that was not (on CPU).
+noise. So a run that is stopped and resumed, at any step, gives the same bits as one that was not (on CPU). Several
+processes share the batch, and sum what they find: parallel.py.
 """
 
-import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from fewedges import store
 from fewedges.data.batch import Batch, Batches
-from fewedges.errors import Interrupted, TrainingError
+from fewedges.errors import TrainingError
 from fewedges.model.anatomy import plain
 from fewedges.model.attention import CAUSAL, attention_by, register_causal
 from fewedges.model.loading import Loaded
@@ -31,12 +29,13 @@ from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention.checkpoint import load_checkpoint, read_log, save_checkpoint
 from fewedges.sparsify.attention.constraint import Multiplier
 from fewedges.sparsify.attention.interface import FUSED
-from fewedges.sparsify.attention.objective import NAMES, Graph, Inputs, Objective
-from fewedges.sparsify.attention.student import at_precision, make_student, start_from_, trained
+from fewedges.sparsify.attention.objective import NAMES, Graph, Inputs, Objective, compiled_layers
+from fewedges.sparsify.attention.parallel import Team, join, micro_batch, placed
+from fewedges.sparsify.attention.sharding import check_shardable, shard_, wants_shards, whole
+from fewedges.sparsify.attention.student import GATES, at_precision, make_student, start_from_, trained
+from fewedges.sparsify.attention.watching import Record, interrupted, note, signals, warn_near_chance
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -44,8 +43,11 @@ class Run:
     """A run in flight: what a checkpoint holds, and what it is made of."""
 
     recipe: SparseAttention
+    team: Team
     dense: Loaded
     student: Any
+    parameters: list[Tensor]
+    """What moves."""
     data: Batches
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -53,12 +55,20 @@ class Run:
     multiplier: Multiplier
     folder: Path | None = None
     gated: bool = True
+    sharded: bool = False
     start: str | None = None
     """sha256 of the weights it began with, where those are not the dense model's."""
     step: int = 0
     seconds: float = 0.0
     micro_batch: int = 0
+    ahead: tuple[int, Batch] | None = None
+    """The next step and its batch, prepared while the GPU was busy."""
     records: list[Record] = field(default_factory=list)
+
+    @property
+    def windows(self) -> int:
+        """Windows of a batch that this process reads."""
+        return self.recipe.batch_size // self.team.size
 
     @property
     def tokens(self) -> int:
@@ -92,28 +102,34 @@ def post_train(
     start: Any = None,
     pause_minutes: float | None = None,
     watch: Callable[[Record], None] | None = None,
+    shard: bool | None = None,
 ) -> Trained:
     """Train a sparse copy of `dense` (or, with `control`, a copy without gates on the same data and steps).
 
     `folder` keeps checkpoints and log.jsonl; a run found there is resumed. `start` is a model, trained earlier by the
     same kind of recipe, whose weights the run begins with. `pause_minutes` ends this piece of work
-    early. Raises Interrupted after SIGINT or SIGTERM (state saved), TrainingError on NaN, inf or lack of memory.
+    early. Where a launcher started several processes, they train one model together (parallel.py), and the first one
+    alone writes and calls `watch`; `shard` cuts the frozen weights under LoRA into one piece a process (sharding.py;
+    None: if `accelerate launch --use_fsdp` says so). Raises Interrupted after SIGINT or SIGTERM in any process (state
+    saved), TrainingError on NaN, inf or lack of memory.
     """
-    run = _start(dense, recipe, data, folder, gated=not control, start=start)
+    run = _start(dense, recipe, data, folder, gated=not control, start=start, shard=wants_shards(shard))
     began, piece = time.monotonic() - run.seconds, time.monotonic()
-    with _signals() as arrived, _attention(run):
-        while run.progress() < 1:
+    with signals() as arrived, _attention(run), _compiled(run):
+        number, paused = 0, False
+        while not (number or paused) and run.progress() < 1:
             record = _step(run)
             run.seconds = time.monotonic() - began
-            _note(run, record, watch)
-            paused = pause_minutes is not None and time.monotonic() - piece > 60 * pause_minutes
-            if arrived or paused or run.step % recipe.checkpoint_every == 0 or run.progress() >= 1:
-                save_checkpoint(run)
-            if arrived:
-                raise _interrupted(run, arrived[0])
-            if paused:
-                break
-    return Trained(model=run.student, records=run.records, finished=run.progress() >= 1)
+            note(run, record, watch)
+            over = pause_minutes is not None and time.monotonic() - piece > 60 * pause_minutes
+            number, paused = run.team.agree_(run, arrived, over)
+            if number or paused or run.step % recipe.checkpoint_every == 0 or run.progress() >= 1:
+                run.team.by_first(lambda: save_checkpoint(run))
+        number = number or run.team.agree_(run, arrived, False)[0]  # one that came during the last save
+        if number:
+            raise interrupted(run, number)
+    model = whole(run.student, dense, recipe, gates=run.gated) if run.sharded else run.student
+    return Trained(model=model, records=run.records, finished=run.progress() >= 1)
 
 
 @contextmanager
@@ -128,61 +144,113 @@ def _attention(run: Run) -> Iterator[None]:
         yield
 
 
-def _start(
-    dense: Loaded, recipe: SparseAttention, data: Batches, folder: Path | None, *, gated: bool, start: Any = None
-) -> Run:
-    from accelerate import Accelerator
+def _compiled(run: Run) -> AbstractContextManager[None]:
+    if not run.recipe.compiled:
+        return nullcontext()
+    return compiled_layers([run.dense.model, run.student], run.dense.anatomy)
 
-    dense = at_precision(dense, recipe)
-    accelerator = Accelerator(device_placement=False)  # one shared state a process: nothing of this run goes in
+
+def _start(
+    dense: Loaded,
+    recipe: SparseAttention,
+    data: Batches,
+    folder: Path | None,
+    *,
+    gated: bool,
+    start: Any = None,
+    shard: bool = False,
+) -> Run:
+    team = join(dense.model, shard=shard)
+    if shard:
+        check_shardable(dense, recipe, team)
+    dense = at_precision(dense if shard else placed(dense, team), recipe)
     student = make_student(dense, recipe, gates=gated)
+    digest = None if start is None else start_from_(student, start)
+    passes = (dense.model, student) if not shard else shard_(student, plain(dense.model), dense.anatomy, team)
+    accelerator = team.accelerator  # one shared state a process: nothing of this run goes in
     backward = accelerator.backward
     run = Run(
-        objective=Objective(recipe=recipe, dense=dense.model, student=student, gated=gated, backward=backward),
+        objective=Objective(recipe=recipe, dense=passes[0], student=passes[1], gated=gated, backward=backward),
         recipe=recipe,
+        team=team,
+        sharded=shard,
         dense=dense,
         student=student,
+        parameters=list(trained(student).values()),
         data=data,
-        optimizer=accelerator.prepare(_optimizer(student, recipe)),
+        optimizer=accelerator.prepare_optimizer(_optimizer(student, recipe)),
         multiplier=Multiplier(recipe.multiplier_start),
         folder=folder,
         gated=gated,
-        start=None if start is None else start_from_(student, start),
-        micro_batch=recipe.micro_batch or recipe.batch_size,
+        start=digest,
+        micro_batch=micro_batch(recipe, team),
     )
+    _resume(run)
+    return run
+
+
+def _resume(run: Run) -> None:
+    """Go on from the folder's checkpoint, if there is one; the first process puts its log and recipe in order."""
+    folder = run.folder
     if folder is not None and store.is_stored(folder / "checkpoint"):
         load_checkpoint(run, folder / "checkpoint")
-    run.records = read_log(run)
-    if folder is not None:
+        run.micro_batch = micro_batch(run.recipe, run.team, before=run.micro_batch)
+    run.team.check_same_start(run)
+    run.records = run.team.by_first(lambda: read_log(run))
+    if folder is not None and run.team.first:
         folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, folder / "recipe.yaml")
-    return run
+        write_recipe(run.recipe, folder / "recipe.yaml")
 
 
 # -- one step --------------------------------------------------------------------------------------------------
 
 
 def _step(run: Run) -> Record:
-    """One optimiser step: accumulate, check, clip, update, move the price."""
+    """One optimiser step: accumulate, clip, update unless something is not finite, check, move the price."""
     _set_learning_rates(run)
-    batch = run.data.at(run.step, run.recipe.batch_size)
-    sums = _accumulate_within_memory(run, batch)
-    parameters = list(trained(run.student).values())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    values = dict(zip((*sums, "gradient_norm"), torch.stack([*sums.values(), norm.detach()]).tolist(), strict=True))
+    sums = run.team.sum_(run.parameters, torch.stack(_accumulate_within_memory(run, _batch(run))))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    found = torch.stack([*sums, norm.detach()])
+    _update(run, norm, found)
+    if run.recipe.graph:
+        run.ahead = (run.step + 1, run.data.at(run.step + 1, run.recipe.batch_size))  # while the GPU works
+    values: dict[str, float] = dict(
+        zip((*NAMES, "gradient_norm"), found.tolist(), strict=True)
+    )  # the step's only wait for the GPU
     if run.step == 0:
-        _warn_near_chance(run, values["dense_cross_entropy"])
-    _check_finite(run, values)  # before clipping, which would spread one NaN over all gradients
-    torch.nn.utils.clip_grads_with_norm_(parameters, run.recipe.clip, norm)
-    run.optimizer.step()
+        warn_near_chance(run, values["dense_cross_entropy"])
+    _check_finite(run, values)
     if run.gated:
         excess = values["cross_entropy"] - values["dense_cross_entropy"]
-        run.multiplier.update_(run.recipe, values["kl"], excess, learning_rate_fall(run.recipe, run.progress()))
+        fall = learning_rate_fall(run.recipe, run.progress())
+        run.multiplier.update_(run.recipe, values["kl"], excess, fall, values["edges"])
     run.step += 1
     return values
 
 
-def _accumulate_within_memory(run: Run, batch: Batch) -> dict[str, Tensor]:
+def _batch(run: Run) -> Batch:
+    """This step's batch, prepared ahead or now."""
+    step, batch = run.ahead or (None, None)
+    return batch if step == run.step and batch is not None else run.data.at(run.step, run.recipe.batch_size)
+
+
+def _update(run: Run, norm: Tensor, found: Tensor) -> None:
+    """Clip and update; where anything `found` is not finite, leave the parameters and their moments alone.
+
+    The fused optimiser decides that on the GPU, as it does for torch's GradScaler, so that the host need not wait.
+    """
+    optimizer: Any = run.optimizer.optimizer  # type: ignore[attr-defined]  # inside accelerate's wrapper
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.found_inf = 1.0 - found.isfinite().all().float()
+        optimizer.grad_scale = ((norm + 1e-6) / run.recipe.clip).clamp(min=1.0)
+    elif not found.isfinite().all():
+        return
+    else:
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, run.recipe.clip, norm)
+    run.optimizer.step()
+
+
+def _accumulate_within_memory(run: Run, batch: Batch) -> list[Tensor]:
     """Accumulate gradients; when memory runs out, halve the micro-batch and keep the batch."""
     while True:
         try:
@@ -191,19 +259,19 @@ def _accumulate_within_memory(run: Run, batch: Batch) -> dict[str, Tensor]:
             need = f"one window of {run.recipe.context_length} tokens does not fit in memory"
             if run.micro_batch == 1:
                 raise TrainingError(f"step {run.step}", need, "a smaller context_length, train=lora, bf16") from error
-            run.micro_batch = max(size for size in range(1, run.micro_batch) if run.recipe.batch_size % size == 0)
+            run.micro_batch = max(size for size in range(1, run.micro_batch) if run.windows % size == 0)
             run.graph = None
             sizes = (run.micro_batch, run.recipe.batch_size)
             log.warning("out of memory: micro_batch is now %d, batch_size stays %d", *sizes)
         torch.cuda.empty_cache()
 
 
-def _accumulate(run: Run, batch: Batch) -> dict[str, Tensor]:
-    """Gradients of the whole batch, micro-batch by micro-batch, and what each contributes to the record."""
+def _accumulate(run: Run, batch: Batch) -> list[Tensor]:
+    """Gradients of this process's windows, micro-batch by micro-batch, and what they contribute to the record."""
     if run.graph is None:
         run.optimizer.zero_grad(set_to_none=True)
     sums = [_piece(run)(given) for given in _inputs(run, batch)]
-    return dict(zip(NAMES, torch.stack(sums).sum(0).unbind(), strict=True))
+    return list(torch.stack(sums).sum(0).unbind())
 
 
 def _piece(run: Run) -> Callable[[Inputs], Tensor]:
@@ -211,11 +279,12 @@ def _piece(run: Run) -> Callable[[Inputs], Tensor]:
 
 
 def _inputs(run: Run, batch: Batch) -> Iterator[Inputs]:
-    """The batch cut into micro-batches, on the device."""
-    device = next(run.student.parameters()).device
+    """This process's share of the batch cut into micro-batches, on the device; numbered as in the whole batch."""
+    device = run.parameters[0].device
     total = int(batch.counts[:, 1:].sum())
-    for part, start in enumerate(range(0, len(batch.tokens), run.micro_batch)):
-        rows = slice(start, start + run.micro_batch)
+    mine = run.team.share(len(batch.tokens))
+    for start in range(mine.start, mine.stop, run.micro_batch):
+        rows, part = slice(start, min(start + run.micro_batch, mine.stop)), start // run.micro_batch
         numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), price(run), annealed(run.recipe, run.step))
         total_, share, price_, offset = torch.tensor(numbers, dtype=torch.float32).to(device).unbind()
         given = Inputs(
@@ -227,8 +296,8 @@ def _inputs(run: Run, batch: Batch) -> Iterator[Inputs]:
             offset=offset,
             seed=torch.tensor(noise_seed(run.recipe.seed, run.step, part), dtype=torch.int32, device=device),
         )
-        if run.recipe.graph and run.graph is None and run.micro_batch == run.recipe.batch_size:
-            run.graph = Graph(run.objective, given, list(trained(run.student).values()))
+        if run.recipe.graph and run.graph is None and run.micro_batch == run.windows:
+            run.graph = Graph(run.objective, given, run.parameters)
         yield given
 
 
@@ -266,22 +335,20 @@ def _set_learning_rates(run: Run) -> None:
 def _optimizer(student: Any, recipe: SparseAttention) -> torch.optim.AdamW:
     matrices, vectors, biases = [], [], []
     for name, parameter in trained(student).items():
-        (biases if name.endswith("gate_bias") else matrices if parameter.dim() > 1 else vectors).append(parameter)
+        plain_ = parameter.dim() > 1 and not name.endswith(GATES)
+        (biases if name.endswith("gate_bias") else matrices if plain_ else vectors).append(parameter)
     groups = [
         {"params": matrices, "peak": recipe.learning_rate, "weight_decay": recipe.weight_decay},
         {"params": vectors, "peak": recipe.learning_rate, "weight_decay": 0.0},
         {"params": biases, "peak": recipe.bias_learning_rate, "weight_decay": 0.0},
     ]
-    on_gpu = next(student.parameters()).is_cuda
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.adam_betas, fused=on_gpu)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=recipe.adam_betas, fused=_fused(student))
 
 
-def _warn_near_chance(run: Run, dense_cross_entropy: float) -> None:
-    """Say so when the dense model cannot read this text: nothing learned from it would mean anything."""
-    chance = math.log(run.dense.anatomy.vocabulary)
-    if dense_cross_entropy > 0.9 * chance:
-        found = f"{dense_cross_entropy:.2f} nats per token, chance is {chance:.2f}"
-        log.warning("the dense model predicts this text near chance (%s): wrong tokenizer or text?", found)
+def _fused(student: Any) -> bool:
+    """Whether the optimiser runs as one kernel, which can also decide not to update."""
+    return next(student.parameters()).is_cuda
 
 
 # -- what is watched -------------------------------------------------------------------------------------------
@@ -301,55 +368,3 @@ def _check_finite(run: Run, values: dict[str, float]) -> None:
         f"{found} is not finite; nothing was updated",
         "a smaller learning_rate, precision=fp32",
     )
-
-
-def _note(run: Run, values: dict[str, float], watch: Callable[[Record], None] | None) -> None:
-    """Make a log record when one is due: append it, and show it to whoever watches."""
-    due = run.step % run.recipe.log_every == 0 or run.step == 1 or run.progress() >= 1
-    if not due:
-        return
-    record = {
-        "step": run.step,
-        "tokens": run.tokens,
-        "seconds": round(run.seconds, 3),
-        "loss": values["objective"],
-        "kl": values["kl"],
-        "cross_entropy": values["cross_entropy"],
-        "dense_cross_entropy": values["dense_cross_entropy"],
-        "edges_per_query_per_head": values["edges"] if run.gated else None,
-        "expected_edges": values["expected"] if run.gated else None,
-        "multiplier": run.multiplier.price if run.gated else None,
-        "margin": run.recipe.kl_margin,
-        "gradient_norm": values["gradient_norm"],
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "tokens_per_second": round(run.tokens / max(run.seconds, 1e-9)),
-        "progress": run.progress(),
-    }
-    run.records.append(record)
-    if run.folder is not None:
-        with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    if watch is not None:
-        watch(record)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that the step in flight can end."""
-    arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived
-        return
-    before = {
-        number: signal.signal(number, lambda n, _: arrived.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupted(run: Run, number: int) -> Interrupted:
-    kept = f"stopped after step {run.step}, " + (f"saved in {run.folder}" if run.folder else "nothing saved: no folder")
-    return Interrupted(signal.Signals(number).name, kept, "the same command again: it resumes", code=128 + number)
