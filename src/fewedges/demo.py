@@ -1,4 +1,4 @@
-"""The first ten minutes: addition made sparse, measured, drawn and explained in words."""
+"""The first ten minutes: addition made sparse, measured, drawn, its circuits found, and all of it told in words."""
 
 import json
 import sys
@@ -27,10 +27,11 @@ def run_demo(out: Path, *, seed: int = 0, as_json: bool = False, dry_run: bool =
     began = time.monotonic()
     with _one_thread():
         sparse, report = _sparse_addition(recipe, out, quiet=as_json)
-    files = _draw_all(sparse, out)
+        circuits, pictures = _explain(sparse, out)
+    files = _draw_all(sparse, out) + pictures
     files += [report.save(out / "report.json"), out / "run" / "manifest.json"]
     summary = _summary(report, time.monotonic() - began, files)
-    print(json.dumps(summary, indent=2) if as_json else _story(summary, out))
+    print(json.dumps(summary, indent=2) if as_json else _story(summary, out, str(circuits)))
     return summary
 
 
@@ -67,9 +68,23 @@ def _sparse_addition(recipe: SparseAttention, out: Path, *, quiet: bool) -> tupl
     return sparse, report
 
 
+def _explain(sparse: Any, out: Path) -> tuple[Any, list[Path]]:
+    """Find the circuit of the tens digit in both models; write its numbers and pictures."""
+    from fewedges.explain.explaining import explain
+    from fewedges.pictures import draw_explained
+    from fewedges.recipes import CircuitSearch
+
+    found = explain(sparse, "addition", CircuitSearch(count=128, samples=300))
+    files = [found.save(out / "circuits-addition.json")]
+    for theme in ("light", "dark"):
+        files += draw_explained([found], out, name="addition", theme=theme)
+    return found, files
+
+
 def _draw_all(sparse: Any, out: Path) -> list[Path]:
     from fewedges.data.addition import examples
     from fewedges.draw import save, training_curve
+    from fewedges.pictures import draw_prompt
 
     files: list[Path] = []
     for number, prompt in enumerate(examples()):
@@ -81,31 +96,6 @@ def _draw_all(sparse: Any, out: Path) -> list[Path]:
         figure = training_curve(known, title="Addition, made sparse", theme=theme)
         files += save(figure, out / f"curve-{theme}")
     return files
-
-
-def draw_prompt(
-    what: Any, prompt: str, out: Path, *, name: str = "prompt", theme: str = "light", hide_first: bool = False
-) -> list[Path]:
-    """Write connectivity and attention maps of a prompt, every model side by side; return the files.
-
-    With `hide_first`, edges from later tokens to the first one (attention sinks) are left out of the connectivity.
-    """
-    from fewedges.draw import connectivity, heads, panels, save
-    from fewedges.measure.attention import attention
-
-    maps = attention(what, prompt)
-    title = " ".join(prompt.split())[:90]
-    lines = {label: _without_first(found) for label, found in maps.items()} if hide_first else maps
-    note = " (edges to the first token not drawn)" if hide_first else ""
-    out.mkdir(parents=True, exist_ok=True)
-    files = save(connectivity(panels(lines), title=title + note, theme=theme), out / f"connectivity-{name}-{theme}")
-    return files + save(heads(panels(maps), theme=theme), out / f"heads-{name}-{theme}")
-
-
-def _without_first(found: Any) -> Any:
-    weights, opened = found.weights.copy(), found.open.copy()
-    weights[:, :, 1:, 0], opened[:, :, 1:, 0] = 0.0, False
-    return found._replace(weights=weights, open=opened)
 
 
 def _summary(report: Any, seconds: float, files: list[Path]) -> dict[str, Any]:
@@ -122,7 +112,7 @@ def _summary(report: Any, seconds: float, files: list[Path]) -> dict[str, Any]:
     return {**rows, "seconds": round(seconds, 1), "files": [str(path) for path in files]}
 
 
-def _story(summary: dict[str, Any], out: Path) -> str:
+def _story(summary: dict[str, Any], out: Path, circuits: str) -> str:
     dense, sparse = summary["dense"], summary["sparse"]
     many, few = dense["edges_per_query_per_head"], sparse["edges_per_query_per_head"]
     return f"""
@@ -137,10 +127,14 @@ What you are looking at
   edges per query per head    {many:7.3f}     {few:7.3f}    ({many / max(few, 1e-9):.0f} times fewer)
   of the causal triangle      {dense["density"]:7.2%}     {sparse["density"]:7.2%}
 
+{circuits}
+
 Pictures in {out}
   connectivity-*  which token reads which, layer by layer: dense is a haze, sparse can be read by eye
   heads-*         the attention map of every head; grey heads are closed
   curve-*         how edges fell while the loss was held
+  explained-*     how many circuit edges (component to component) explain how much of the tens digit
+  circuit-*       both models' circuits for it
 Next
   fewedges draw {out}/run --prompt "58+27=085" --out {out}
   fewedges measure {out}/run

@@ -4,10 +4,26 @@ figure = connectivity([Panel(title="dense", ...), Panel(title="sparse", ...)])
 save(figure, "runs/addition/connectivity")  # .svg and .png
 """
 
+from fewedges.draw.circuit import CircuitPicture, circuits
 from fewedges.draw.connectivity import connectivity
+from fewedges.draw.curve import Curve, Effects, explained_effect
 from fewedges.draw.heads import heads
 from fewedges.draw.lines import training_curve
 from fewedges.draw.panel import Panel, panels
 from fewedges.draw.theme import THEMES, Theme, save
 
-__all__ = ["THEMES", "Panel", "Theme", "connectivity", "heads", "panels", "save", "training_curve"]
+__all__ = [
+    "THEMES",
+    "CircuitPicture",
+    "Curve",
+    "Effects",
+    "Panel",
+    "Theme",
+    "circuits",
+    "connectivity",
+    "explained_effect",
+    "heads",
+    "panels",
+    "save",
+    "training_curve",
+]

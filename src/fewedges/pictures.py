@@ -1,0 +1,92 @@
+"""Results as pictures: what the verbs `draw`, `explain` and `demo` write. Computes nothing that it shows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_prompt(
+    what: Any, prompt: str, out: Path, *, name: str = "prompt", theme: str = "light", hide_first: bool = False
+) -> list[Path]:
+    """Write connectivity and attention maps of a prompt, every model side by side; return the files.
+
+    With `hide_first`, edges from later tokens to the first one (attention sinks) are left out of the connectivity.
+    """
+    from fewedges.draw import connectivity, heads, panels, save
+    from fewedges.measure.attention import attention
+
+    maps = attention(what, prompt)
+    title = " ".join(prompt.split())[:90]
+    lines = {label: _without_first(found) for label, found in maps.items()} if hide_first else maps
+    note = " (edges to the first token not drawn)" if hide_first else ""
+    out.mkdir(parents=True, exist_ok=True)
+    files = save(connectivity(panels(lines), title=title + note, theme=theme), out / f"connectivity-{name}-{theme}")
+    return files + save(heads(panels(maps), theme=theme), out / f"heads-{name}-{theme}")
+
+
+def _without_first(found: Any) -> Any:
+    weights, opened = found.weights.copy(), found.open.copy()
+    weights[:, :, 1:, 0], opened[:, :, 1:, 0] = 0.0, False
+    return found._replace(weights=weights, open=opened)
+
+
+def draw_explained(found: Sequence[Any], out: Path, *, name: str = "", theme: str = "light") -> list[Path]:
+    """Write the curves of explained tasks, one column each, and both models' circuits of each; return the files."""
+    from fewedges.draw import save
+    from fewedges.draw.circuit import circuits
+    from fewedges.draw.curve import explained_effect
+
+    out.mkdir(parents=True, exist_ok=True)
+    end = f"{'-' if name else ''}{name}-{theme}"
+    models = sorted({one.model for one in found})
+    figure = explained_effect([_effects(one) for one in found], title=", ".join(models), theme=theme)
+    files = save(figure, out / f"explained-effect{end}")
+    for one in found:
+        panels = [_circuit(one, label) for label in ("dense", "sparse") if one.circuits.get(label)]
+        if panels:
+            task = "".join(c if c.isalnum() else "-" for c in one.task.lower()).strip("-")
+            figure = circuits(panels, title=one.task, theme=theme)
+            files += save(figure, out / f"circuit-{task}{end}")
+    return files
+
+
+def _effects(found: Any) -> Any:
+    """Dense first, sparse last: what draw compares. Between them the control and random circuits."""
+    from fewedges.draw.curve import Effects
+
+    labels = [label for label in ("dense", "control", "dense, random", "sparse") if label in found.curves]
+    shown = {count: [_curve(found.curves[label], label, count) for label in labels] for count in ("edges", "heads")}
+    return Effects(title=found.task, edges=shown["edges"], heads=shown["heads"])
+
+
+def _curve(found: Any, label: str, count: str) -> Any:
+    """One model's line, where a count that repeats is drawn once, at the best circuit that has it."""
+    import numpy as np
+
+    from fewedges.draw.curve import Curve
+
+    sizes, effect, (low, high) = getattr(found, count), found.explained, _band(found)
+    kept = [np.flatnonzero(sizes == size)[effect[sizes == size].argmax()] for size in np.unique(sizes)]
+    reached = getattr(found, f"{count}_at")(0.9)
+    at = float(reached) if np.isfinite(reached) else None
+    named = label.replace("dense, random", "random circuits")
+    return Curve(label=named, edges=sizes[kept], effect=effect[kept], low=low[kept], high=high[kept], reached=at)
+
+
+def _band(found: Any, samples: int = 500) -> Any:
+    """The 95 % bootstrap interval of every circuit's effect, prompts drawn with replacement."""
+    import numpy as np
+
+    count = len(found.full)
+    rows = np.random.default_rng(0).integers(count, size=(samples, count))
+    return np.quantile(np.stack([found.of(some).explained for some in rows]), [0.025, 0.975], axis=0)
+
+
+def _circuit(found: Any, label: str) -> Any:
+    from fewedges.draw.circuit import CircuitPicture
+
+    shape = found.facts["graphs"][label]
+    reached = found.curves[label].edges_at(0.9)
+    title = f"Sparse {found.model}" if label == "sparse" else f"{found.model} (baseline)"
+    caption = f"0.9 of the effect at {reached:,.0f} edges"
+    return CircuitPicture(title=title, edges=found.circuits[label], caption=caption, **shape)

@@ -1,0 +1,96 @@
+"""Gated models go through the same code, and a circuit edge can open or close an attention gate."""
+
+import numpy as np
+import pytest
+import torch
+from pairs import random_prompts
+from test_evaluate import metric_of
+
+from fewedges.explain.attribution import attribute
+from fewedges.explain.evaluate import evaluate
+from fewedges.explain.hooks import wire
+from fewedges.explain.patching import edge_effects
+from fewedges.model.anatomy import anatomy
+from fewedges.sparsify.attention.interface import GatePass, attach_
+from tiny import tiny_model
+
+
+def gated(name, **options):
+    model = tiny_model(name).double()
+    body = anatomy(model)
+    attach_(model, body, bias_start=-0.05, learned=False, **options)
+    return wire(model, body)
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "olmo", "qwen3"])
+def test_all_edges_are_the_gated_model_and_none_its_corrupt_run(name):
+    wiring, prompts = gated(name), random_prompts()
+    real = wiring.graph.real
+    found = evaluate(wiring, prompts, np.stack([real, real & False]))
+    clean, corrupt = (metric_of(wiring, prompts, tokens) for tokens in (prompts.clean, prompts.corrupt))
+    assert np.abs(found.metric - np.stack([clean, corrupt])).max() < 1e-12
+    dense = evaluate(wiring, prompts, real[None], options={"gate_pass": GatePass(open_all=True)})
+    assert np.abs(dense.full - clean).max() > 1e-3  # the gates do something
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("key_readers", ["group", "head"])
+def test_a_circuit_edge_opens_and_closes_gates_of_its_own_head_only(key_readers):
+    """The gates of a1.h2 are counted with and without the edges into its query."""
+    model = tiny_model("llama").double()
+    body = anatomy(model)
+    attach_(model, body, bias_start=-0.05, learned=False)
+    wiring, prompts = wire(model, body, key_readers=key_readers), random_prompts()
+    graph = wiring.graph
+
+    def opened(mask):
+        seen = GatePass()
+        evaluate(wiring, prompts, mask[None], options={"gate_pass": seen})
+        return seen.open_edges()  # of the last pass, the circuit's: (L, B, H, Q)
+
+    without = graph.real.copy()
+    without[:, graph.reader(1, "q", 2)] = False
+    change = opened(without) - opened(graph.real)
+    moved = change.abs().sum((1, 3))  # (L, H)
+    assert change.min() < 0 < change.max()
+    assert moved[1, 2] > 0
+    moved[1, 2] = 0
+    assert moved.sum() == 0
+
+
+@pytest.mark.stays
+def test_gradients_pass_gates_only_when_asked(wired):
+    wiring, prompts = gated("gpt2"), random_prompts()
+    hard = attribute(wiring, prompts, "eap").edges
+    through = attribute(wiring, prompts, "eap", options={"gate_pass": GatePass(straight_through=True)}).edges
+    graph = wiring.graph
+    values = [graph.reader(1, "v", head) for head in range(graph.heads)]
+    queries = [graph.reader(1, "q", head) for head in range(graph.heads)]
+    assert np.abs(hard[:, values] - through[:, values]).max() < 1e-7
+    assert np.abs(hard[:, queries] - through[:, queries]).max() > 1e-4
+
+
+@pytest.mark.stays
+def test_gim_keeps_the_values_of_a_gated_model():
+    from fewedges.explain.gim import gim_rules
+
+    for options in ({}, {"gate_query": True}):
+        wiring, prompts = gated("llama", **options), random_prompts()
+        before = metric_of(wiring, prompts, prompts.clean)
+        with gim_rules(wiring):
+            ruled = metric_of(wiring, prompts, prompts.clean)
+        assert np.abs(before - ruled).max() < 1e-9
+        assert np.isfinite(attribute(wiring, prompts, gim=True).edges).all()
+
+
+@pytest.mark.matches
+def test_a_head_without_open_gates_has_no_effect():
+    wiring, prompts = gated("gpt2"), random_prompts()
+    with torch.no_grad():
+        wiring.blocks[0].attention.gate_bias[1] = -torch.inf
+    graph = wiring.graph
+    row = graph.head(0, 1)
+    pairs = [(row, i) for i in np.flatnonzero(graph.real[row])]
+    assert np.abs(edge_effects(wiring, prompts, pairs)).max() < 1e-15
+    assert np.abs(attribute(wiring, prompts).edges[row]).max() == 0
