@@ -13,7 +13,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["data", "model", "measure", "sparsify.distilling"]
+CHECKED = ["data", "model", "measure"]
+WEIGHTS = "calibration distilling gradual lottery masks matrices obs pattern pruned pruning quantizing"
+CHECKED += [f"sparsify.{name}" for name in f"{WEIGHTS} recovery rewiring rounding schedule score select shrink".split()]
 CHECKED += [f"sparsify.attention.{name}" for name in "constraint gate interface result student training".split()]
 install_import_hook([f"fewedges.{name}" for name in CHECKED], "beartype.beartype")  # not Triton's device code
 

@@ -21,7 +21,7 @@ from fewedges.recipes import SparseAttention, read_recipe, write_recipe
 
 QUICK = ["--steps", "5", "--batch-size", "16", "--context-length", "10", "--log-every", "1", "--warmup-steps", "0"]
 SUMS = "29+19=048" + "43+45=088" * 20
-VERBS = ("demo", "get", "info", "sparsify", "measure", "draw")
+VERBS = ("demo", "get", "info", "sparsify", "measure", "draw", "explain")
 
 
 @pytest.fixture(scope="session")
@@ -408,8 +408,8 @@ def test_a_dry_run_of_the_demo_prints_its_recipe_and_writes_nothing(tmp_path, ca
 
 @pytest.mark.matches
 def test_hiding_the_first_token_leaves_out_just_the_edges_of_later_queries_to_it():
-    from fewedges.demo import _without_first
     from fewedges.model.capture import Maps
+    from fewedges.pictures import _without_first
 
     opened = np.tril(np.ones((2, 3, 4, 4), dtype=bool))
     shown = _without_first(Maps(list("abcd"), opened / 4, opened))

@@ -14,29 +14,40 @@ import fewedges
 SOURCE = Path(fewedges.__file__).parent
 TESTS = Path(__file__).parent
 STAGES = ("data", "model", "sparsify", "measure", "explain", "draw")
-ROOTS = {"errors", "recipes", "store", "_verb"}
+ROOTS = {"errors", "fields", "recipes", "weight_recipes", "store", "_verb"}
 """Root files that a stage may import."""
-FRONT = {"__init__", "__main__", "cli", "demo"}
+FRONT = {"__init__", "__main__", "choosing", "cli", "demo", "pictures", "progress"}
 """Root files that may import any stage."""
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 PUBLIC = [
+    "CircuitSearch",
+    "Distil",
+    "Explained",
     "FewedgesError",
     "GatePass",
     "Loaded",
     "Panel",
+    "Pattern",
     "Protocol",
+    "Prune",
+    "Pruned",
+    "Quantize",
     "Report",
+    "Rewire",
     "Sparse",
     "SparseAttention",
+    "Tickets",
     "__version__",
     "anatomy",
     "attach_",
     "attention",
+    "explain",
     "connectivity",
     "gated_attention",
     "get_smollm2",
+    "hard_kernel",
     "heads",
     "load",
     "measure",
@@ -183,7 +194,7 @@ def public(scope):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in scope.body:
         named = isinstance(node, kinds) and not node.name.startswith("_")
-        if named and "property" not in map(ast.unparse, node.decorator_list):
+        if named and not {"property", "overload"} & set(map(ast.unparse, node.decorator_list)):
             yield node
             yield from public(node) if isinstance(node, ast.ClassDef) else ()
 
@@ -202,7 +213,7 @@ def test_the_library_does_not_print():
     prints = [
         (name, node.lineno)
         for name, tree in TREES.items()
-        if name not in ("cli.py", "demo.py", "__main__.py")
+        if name not in ("cli.py", "choosing.py", "demo.py", "progress.py", "__main__.py")
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]

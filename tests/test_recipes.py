@@ -22,9 +22,11 @@ CHOICES = dict(recipes._choices(SparseAttention()))
 OUT_OF_RANGE = {
     "kl_margin": (-0.1, math.nan, math.inf, "0.1"),
     "loss_margin": (math.nan, -math.inf, "0"),
+    "target_edges": (0.0, -1.0, math.nan, math.inf, "3", True),
     "kl_weight": (-1.0, math.nan, None, True),
     "loss_weight": (-1e-9, math.inf),
     "bias_start": (math.nan, math.inf, None),
+    "gate_query": (1, "yes", None),
     "anneal_from": (-1.0, math.nan),
     "anneal_steps": (-1, 1.5),
     "layer_weights": ((1.0, -1.0), (math.nan,), ("1",), 3.0, [1.0]),
@@ -50,6 +52,7 @@ OUT_OF_RANGE = {
     "tokens": (0, -1, 10.5),
     "minutes": (0.0, -1.0, math.nan),
     "seed": (-1, 0.5, None),
+    "compiled": (1, "yes", None),
     "graph": (1, "yes", None),
     "log_every": (0, -1),
     "checkpoint_every": (0, 2.5),
@@ -113,6 +116,7 @@ def test_a_value_out_of_range_is_refused_by_the_name_of_its_field(name, value):
         {"kl_weight": 0.0},
         {"bias_start": -30},
         {"adam_betas": (0.0, 0.0)},
+        {"target_edges": 0.01, "kl_margin": None, "loss_margin": None},
     ],
 )
 def test_values_at_the_edge_of_their_range_are_taken(edge):
@@ -125,6 +129,9 @@ def test_values_at_the_edge_of_their_range_are_taken(edge):
     ("settings", "named"),
     [
         ({"kl_margin": None, "loss_margin": None}, "kl_margin and loss_margin"),
+        ({"target_edges": 3.0}, "target_edges"),
+        ({"target_edges": 3.0, "kl_margin": None}, "target_edges"),
+        ({"target_edges": 3.0, "loss_margin": None}, "target_edges"),
         ({"kl_weight": 0, "loss_weight": 0}, "kl_weight and loss_weight"),
         ({"batch_size": 16, "micro_batch": 5}, "micro_batch"),
         ({"batch_size": 4, "micro_batch": 8}, "micro_batch"),
@@ -137,6 +144,15 @@ def test_settings_that_contradict_each_other_are_refused(settings, named):
     with pytest.raises(RecipeError) as caught:
         SparseAttention(**settings)
     assert named in caught.value.asked
+
+
+@pytest.mark.says
+def test_a_target_beside_a_margin_names_the_margins_that_are_set():
+    for margins in ({"kl_margin": 0.1, "loss_margin": None}, {"kl_margin": None, "loss_margin": 0.1}, {}):
+        with pytest.raises(RecipeError) as caught:
+            SparseAttention(target_edges=3.0, **margins)
+        for name in ("kl_margin", "loss_margin"):
+            assert (name in caught.value.found) == (margins.get(name, 0.0) is not None)
 
 
 @pytest.mark.says
@@ -171,6 +187,8 @@ VALID = st.fixed_dictionaries(
         "kl_weight": positive,
         "loss_weight": st.floats(0, 10),
         "bias_start": st.floats(-50, 50),
+        "gate_query": st.booleans(),
+        "compiled": st.booleans(),
         "anneal_from": st.floats(0, 9),
         "anneal_steps": st.integers(0, 10**6),
         "layer_weights": st.lists(st.floats(0, 10), max_size=5).map(tuple),
@@ -203,7 +221,8 @@ def test_plain_data_gives_back_the_same_recipe(settings):
 @pytest.mark.reproduces
 def test_yaml_round_trip_keeps_every_bit_and_names_every_field(tmp_path):
     recipe = SparseAttention(
-        learning_rate=1 / 3, layer_weights=(0.1, 2.0), loss_margin=None, steps=10**7, bias="constant"
+        **{"learning_rate": 1 / 3, "layer_weights": (0.1, 2.0), "kl_margin": None, "loss_margin": None},
+        **{"target_edges": 10 / 3, "steps": 10**7, "bias": "constant", "gate_query": True},
     )
     write_recipe(recipe, tmp_path / "r.yaml")
     assert read_recipe(tmp_path / "r.yaml") == recipe
@@ -256,4 +275,7 @@ def test_a_missing_recipe_file_is_named(tmp_path):
     "file", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_every_recipe_that_ships_can_be_read(file):
-    assert isinstance(read_recipe(file), SparseAttention)
+    given = read_recipe(file)
+    stages = given if isinstance(given, tuple) else (given,)
+    assert all(type(stage) in RECIPES.values() for stage in stages)
+    assert isinstance(given, SparseAttention | tuple)

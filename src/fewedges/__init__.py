@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fewedges.measure.report import measure as measure
-    from fewedges.sparsify.attention.result import sparsify as sparsify
+    from fewedges.explain.explaining import explain as explain
+    from fewedges.measure.ledger import measure as measure
+    from fewedges.sparsify.stages import sparsify as sparsify
 
 __version__ = "0.1.0"
 
@@ -23,8 +24,18 @@ _HOME = {
     "post_train": "sparsify.attention.training",
     "attach_": "sparsify.attention.interface",
     "GatePass": "sparsify.attention.interface",
+    "hard_kernel": "sparsify.attention.serving",
     "gated_attention": "sparsify.attention.gate",
     "SparseAttention": "recipes",
+    "CircuitSearch": "recipes",
+    "Prune": "weight_recipes",
+    "Quantize": "weight_recipes",
+    "Distil": "weight_recipes",
+    "Rewire": "weight_recipes",
+    "Tickets": "weight_recipes",
+    "Pruned": "sparsify.pruned",
+    "Pattern": "sparsify.pattern",
+    "Explained": "explain.explaining",
     "read_recipe": "recipes",
     "Loaded": "model.loading",
     "get_smollm2": "model.loading",
@@ -42,7 +53,7 @@ _HOME = {
     "FewedgesError": "errors",
 }
 
-_STAGES = ("sparsify", "measure")  # packages that can be called
+_STAGES = ("sparsify", "measure", "explain")  # packages that can be called
 
 __all__ = sorted([*_HOME, *_STAGES, "__version__"])
 

@@ -14,11 +14,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fewedges.choosing import Method, sparsify_verb
 from fewedges.errors import FewedgesError, Interrupted, RecipeError
-from fewedges.recipes import SparseAttention, read_recipe, to_dict
+from fewedges.progress import Progress
+from fewedges.recipes import CircuitSearch, SparseAttention, to_dict
 
 Model = Annotated[str, tyro.conf.Positional]
 Settings = Annotated[SparseAttention, tyro.conf.arg(name="")]
+Search = Annotated[CircuitSearch, tyro.conf.arg(name="")]
+SEARCH = CircuitSearch()
 DESCRIPTION = """Make a transformer sparse without losing what it can do, and see what that buys.
 
 Start with:  fewedges demo --out demo
@@ -66,9 +70,10 @@ def info(model: Model, *, device: str = "cpu", json: bool = False) -> None:
         json: Print one json object.
     """
     from fewedges.sparsify.attention.result import Sparse, check_sparse, load
+    from fewedges.sparsify.pruned import Pruned
 
     found = load(model, device=device)
-    dense = found.dense if isinstance(found, Sparse) else found
+    dense = found.dense if isinstance(found, Sparse) else found.loaded if isinstance(found, Pruned) else found
     if json:
         probes = check_sparse(found) if isinstance(found, Sparse) else dense.probes
         _print_json({"name": dense.name, "anatomy": _plain(dense.anatomy), "probes": probes})
@@ -82,6 +87,7 @@ def sparsify(
     out: Path,
     data: str | None = None,
     recipe: Path | None = None,
+    method: Method = "attention",
     settings: Settings = SparseAttention(),  # noqa: B008 (frozen)
     control: bool = False,
     max_tokens: int | None = None,
@@ -98,7 +104,8 @@ def sparsify(
         model: Hub id, folder, .gguf file, `smollm2`, `addition`, or a sparse run to make sparser.
         out: Folder of the run: checkpoints, log.jsonl, curve, and the result.
         data: Text file, folder of text, or a hub dataset; `addition` needs none.
-        recipe: YAML file of settings; flags override it.
+        recipe: YAML file of settings, which flags override, or of a list of stages (prune, distil, quantize).
+        method: What is made sparse: attention edges, or weights, by flags that `--method wanda --help` shows.
         settings: The recipe.
         control: Also train the dense control: same data, same steps, no gates.
         max_tokens: Read at most this many tokens of the data (needed for a hub dataset).
@@ -107,23 +114,27 @@ def sparsify(
         dry_run: Load the model, resolve the recipe, print both, train nothing.
         json: Print one json object at the end.
     """
-    from fewedges.sparsify.attention import result
+    from fewedges.sparsify.attention import parallel, result
 
     if not settings.has_budget():
         raise RecipeError("fewedges sparsify", "no budget", "--steps 2000, --tokens 50000000 or --minutes 30")
-    given = result.load(model, device=device)
+    given = result.load(model, device=parallel.local_device(device))
+    if not isinstance(given, result.Loaded | result.Sparse):
+        raise RecipeError("fewedges sparsify --method attention", "a run with sparse weights", "the dense model")
     dense = given.dense if isinstance(given, result.Sparse) else given
     if dry_run:
-        print(f"{given}\n\n{to_dict(settings)}\n\nwould write to {out}")
-        return
+        return print(f"{given}\n\n{to_dict(settings)}\n\nwould write to {out}")
     options: dict[str, Any] = {
         "out": out,
         "control": control,
         "max_tokens": max_tokens,
         "pause_minutes": pause_minutes,
     }
-    with _progress(quiet=json) as watch:
+    with Progress(quiet=json or not parallel.is_first()) as watch:
         sparse = result.sparsify(given, settings, data=data, watch=watch, **options)
+    parallel.leave()
+    if not parallel.is_first():
+        return
     pictures = _curve(sparse.records, dense, settings, out)
     if json:
         _print_json({"finished": sparse.finished, "last": sparse.records[-1], "files": [str(p) for p in pictures]})
@@ -141,12 +152,13 @@ def measure(
     max_tokens: int | None = None,
     batch_size: int = 8,
     precision: Literal["fp32", "bf16"] = "fp32",
+    kernel: Literal["reference", "hard"] = "reference",
     gate_bias: float | None = None,
     device: str = "cpu",
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Measure a sparse model beside its dense base and its control: loss, KL, attention edges, minimal pairs.
+    """Measure a sparse model beside its dense base and controls: loss, KL, attention edges or bytes, minimal pairs.
 
     Example: fewedges measure runs/sparse --data my_text.txt --json
 
@@ -159,23 +171,25 @@ def measure(
         max_tokens: Score at most this many tokens of the text.
         batch_size: Windows per forward pass.
         precision: Arithmetic.
+        kernel: What runs gated attention: plain PyTorch, or the inference kernel for hard gates (GPU).
         gate_bias: Measure a dense checkpoint through constant gates `score + bias > 0` (published sparse models: 0).
         device: cpu or cuda.
         out: Also write the json there.
         json: Print json instead of a table.
     """
+    from fewedges.measure.ledger import measure as measured
     from fewedges.measure.report import default_protocol
-    from fewedges.measure.report import measure as measured
     from fewedges.sparsify.attention.result import load
 
     what = load(run, gate_bias=gate_bias, device=device)
     protocol = default_protocol(
-        what,
+        _attended(what),
         context_length=context_length,
         stride=stride,
         max_tokens=max_tokens,
         batch_size=batch_size,
         precision=precision,
+        kernel=kernel,
     )
     report = measured(what, data, protocol, pairs=pairs)
     if out is not None:
@@ -210,17 +224,59 @@ def draw(
         device: cpu or cuda.
         json: Print the list of files as json.
     """
-    from fewedges.demo import draw_prompt
+    from fewedges.pictures import draw_prompt
     from fewedges.sparsify.attention.result import Sparse, load
 
-    what = load(run, gate_bias=gate_bias, device=device, probes=False)
+    what = _attended(load(run, gate_bias=gate_bias, device=device, probes=False))
     files = draw_prompt(what, prompt, out, name=name, theme=theme, hide_first=hide_first)
     if isinstance(what, Sparse) and what.records:
         files += _curve(what.records, what.dense, what.recipe, out, theme)
     _print_json([str(path) for path in files]) if json else print(*files, sep="\n")
 
 
-VERBS = {"demo": demo, "get": get, "info": info, "sparsify": sparsify, "measure": measure, "draw": draw}
+def explain(
+    run: Model,
+    *,
+    task: str = "ioi",
+    out: Path | None = None,
+    settings: Search = SEARCH,
+    theme: Literal["light", "dark"] = "light",
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Find a task's circuit in the dense, the control and the sparse model, and compare how many edges each needs.
+
+    Example: fewedges explain demo/run --task addition --count 64 --out demo
+
+    Args:
+        run: Folder of a sparse run, or any dense model.
+        task: ioi, ioi_long, greater_than, docstring, addition, induction, or a csv or jsonl file of prompts.
+        out: Folder for circuits-TASK.json and the pictures; default: nothing is written.
+        settings: How circuits are searched and measured.
+        theme: Light or dark background.
+        device: cpu or cuda.
+        json: Print one json object.
+    """
+    from fewedges.explain.explaining import explain as explained
+    from fewedges.pictures import draw_explained
+    from fewedges.sparsify.attention.result import load
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = explained(_attended(load(run, device=device)), task, settings, watch=tell)
+    files = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        files = [found.save(out / f"circuits-{Path(task).stem}.json")]
+        files += draw_explained([found], out, name=Path(task).stem, theme=theme)
+    _print_json(found.to_dict()) if json else print(found, *files, sep="\n")
+
+
+VERBS = {
+    **{"demo": demo, "get": get, "info": info, "sparsify": sparsify},
+    **{"measure": measure, "draw": draw, "explain": explain},
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -232,7 +288,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # read when transformers is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app = {**VERBS, "sparsify": _with_recipe(words)} if words[:1] == ["sparsify"] else VERBS
+        chosen = words[:1] == ["sparsify"]
+        app = {**VERBS, "sparsify": sparsify_verb(words, sparsify)} if chosen else VERBS
         tyro.extras.subcommand_cli_from_dict(app, prog="fewedges", description=DESCRIPTION, args=words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
@@ -258,63 +315,11 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_recipe(words: list[str]) -> Any:
-    """The sparsify verb with the defaults of the YAML file that `--recipe` names, so that flags override it."""
-    import functools
-    import inspect
+def _attended(what: Any) -> Any:
+    """A run with sparse weights as the plain model it is."""
+    from fewedges.sparsify.pruned import Pruned
 
-    places = [i for i, word in enumerate(words) if word == "--recipe"]
-    path = words[places[0] + 1] if places and places[0] + 1 < len(words) else None
-    path = path or next((word.partition("=")[2] for word in words if word.startswith("--recipe=")), None)
-    if path is None:
-        return sparsify
-    given = read_recipe(path)
-    signature = inspect.signature(sparsify)
-    parameters = [p.replace(default=given) if p.name == "settings" else p for p in signature.parameters.values()]
-
-    @functools.wraps(sparsify)
-    def verb(*args: Any, **kwargs: Any) -> None:
-        sparsify(*args, **kwargs)
-
-    verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return verb
-
-
-class _progress:
-    """A progress bar with the numbers that matter; plain lines where there is no terminal, nothing when quiet."""
-
-    def __init__(self, *, quiet: bool):
-        self.quiet, self.bar, self.task = quiet, None, None
-
-    def __enter__(self) -> Any:
-        if self.quiet:
-            return None
-        if not sys.stderr.isatty():
-            return lambda record: print(_line(record), file=sys.stderr, flush=True)
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
-        self.bar.start()
-        self.task = self.bar.add_task("starting", total=1.0)
-        return lambda record: self.bar.update(self.task, completed=record["progress"], description=_line(record))  # type: ignore[union-attr, arg-type]
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def _line(record: dict[str, Any]) -> str:
-    """One log record for a reader."""
-    parts = [f"step {record['step']}", f"loss {record['loss']:.4f}", f"KL {record['kl']:.4f}"]
-    if record["edges_per_query_per_head"] is not None:
-        parts += [
-            f"edges/query/head {record['edges_per_query_per_head']:.3f}",
-            f"multiplier {record['multiplier']:.2e}",
-        ]
-    left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
-    return "  ".join([*parts, f"{record['tokens_per_second']:,} tokens/s", f"{left:.0f} s left"])
+    return what.loaded if isinstance(what, Pruned) else what
 
 
 def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, theme: str = "light") -> list[Path]:
@@ -331,12 +336,12 @@ def _print_table(report: Any) -> None:
 
     from fewedges.measure.report import table
 
-    header, rows = table(report)
-    grid = Table(*header)
-    for row in rows:
-        grid.add_row(*row)
     console = Console()
-    console.print(grid)
+    for header, rows in report.tables() if hasattr(report, "tables") else [table(report)]:
+        grid = Table(*header)
+        for row in rows:
+            grid.add_row(*row)
+        console.print(grid)
     console.print(report.protocol())
 
 

@@ -5,14 +5,16 @@ field. `read_recipe` and `write_recipe` go through YAML; what was resolved is wr
 """
 
 import dataclasses
-import math
 import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fewedges.errors import RecipeError
+from fewedges.fields import bad as _bad
+from fewedges.fields import check as _check
+from fewedges.fields import choices as _choices
+from fewedges.weight_recipes import WEIGHT_RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class SparseAttention:
     """Constraint: KL(dense || sparse) in nats per token may reach this. None: not constrained."""
     loss_margin: float | None = 0.0
     """Constraint: cross-entropy may exceed the dense model's by this, nats per token. None: not constrained."""
+    target_edges: float | None = None
+    """The constraint turned around: this many edges per query per head, at the least loss (both margins None)."""
     slack: float = 0.0
     """Extra margin at full learning rate, falling with it to 0: room for the noise of large steps, nats per token."""
     cooling: bool = False
@@ -40,6 +44,8 @@ class SparseAttention:
     """Gate bias: one learned number per head, or the constant `bias_start` everywhere."""
     bias_start: float = 0.0
     """Where the gate bias starts; larger opens more edges at step 0."""
+    gate_query: bool = False
+    """Also learn one vector per head that every query adds in the gate alone, so that a softmax sink can close."""
     anneal_from: float = 0.0
     """Extra gate bias at step 0, falling linearly to 0 over `anneal_steps`."""
     anneal_steps: int = 0
@@ -98,6 +104,8 @@ class SparseAttention:
     """Number format of the trained weights on disk (what is loaded back is what was saved)."""
     kernel: Literal["reference", "triton"] = "reference"
     """Who computes gated attention: plain PyTorch, or the fused kernel (GPU)."""
+    compiled: bool = False
+    """Compile what lies between attention calls, layer by layer (torch.compile; the first step takes a minute)."""
     graph: bool = False
     """Replay each step as one CUDA graph (kernel=triton on a GPU, no micro-batches): many small kernels, one launch."""
     seed: int = 0
@@ -111,7 +119,7 @@ class SparseAttention:
         positive = "slack kl_weight loss_weight weight_decay warmup_steps anneal_steps anneal_from"
         _check(self, positive, lambda x: x >= 0, "at least 0")
         strictly = (
-            "multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "
+            "target_edges multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "
             "lora_rank batch_size micro_batch steps tokens minutes log_every checkpoint_every"
         )
         _check(self, strictly, lambda x: x > 0, "more than 0")
@@ -120,7 +128,7 @@ class SparseAttention:
         _check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
         _check(self, "kl_margin seed", lambda x: x >= 0, "at least 0")
         _check(self, "loss_margin bias_start", lambda x: True, "that is a finite number")
-        _check(self, "graph cooling", lambda x: True, "true or false")
+        _check(self, "graph cooling gate_query compiled", lambda x: True, "true or false")
         _check(self, "layer_weights head_weights", lambda xs: all(x >= 0 for x in xs), "at least 0")
         _check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
         for name, choices in _choices(self):
@@ -129,7 +137,12 @@ class SparseAttention:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.kl_margin is None and self.loss_margin is None:
+        margins = [name for name in ("kl_margin", "loss_margin") if getattr(self, name) is not None]
+        if self.target_edges is not None and margins:
+            raise RecipeError(
+                "target_edges", f"{' and '.join(margins)} also set", "one kind: margins None, or no target"
+            )
+        if self.target_edges is None and not margins:
             raise RecipeError("kl_margin and loss_margin", "both are None, so nothing is constrained", "kl_margin=0.1")
         if self.kl_weight == 0 and self.loss_weight == 0:
             raise RecipeError("kl_weight and loss_weight", "both are 0, so nothing is learned", "kl_weight=1")
@@ -152,36 +165,47 @@ class SparseAttention:
         return not (self.steps is None and self.tokens is None and self.minutes is None)
 
 
-RECIPES: dict[str, type] = {"sparse-attention": SparseAttention}
+@dataclass(frozen=True, kw_only=True)
+class CircuitSearch:
+    """How circuits are searched and measured; the same for every model that is compared."""
+
+    method: Literal["eap", "eap-ig", "eap-ig-activations"] = "eap-ig"
+    """How edges are ranked: by plain or by integrated gradients."""
+    steps: int = 5
+    """Steps of integration."""
+    gim: bool = False
+    """Use GIM's backward rules (arXiv:2505.17630)."""
+    through_gates: bool = True
+    """Let gradients pass a sparse model's gates (straight-through); False: a gate is a constant."""
+    ablation: Literal["counterfactual", "resample", "mean", "mean-position", "zero"] = "counterfactual"
+    """What a removed edge carries instead."""
+    how: Literal["absolute", "signed", "greedy", "greedy-signed", "random"] = "absolute"
+    """In which order edges are kept."""
+    points: int = 20
+    """Circuits per curve, evenly on a log axis from 10 edges to all."""
+    count: int = 128
+    """Prompts: half to search on, half to measure on."""
+    samples: int = 1000
+    """Bootstrap samples."""
+    controls: bool = True
+    """Also measure random circuits, shuffled answers and untrained gates."""
+    complements: bool = True
+    """Also measure all edges but the circuit's: necessity."""
+    seed: int = 0
+    """Seed of prompts, split, controls and bootstrap."""
+
+    def __post_init__(self) -> None:
+        _check(self, "steps samples", lambda x: x >= 1, "at least 1")
+        _check(self, "points", lambda x: x >= 2, "at least 2")
+        _check(self, "count", lambda x: x >= 4, "at least 4")
+        _check(self, "seed", lambda x: x >= 0, "at least 0")
+        _check(self, "gim through_gates controls complements", lambda x: True, "true or false")
+        for name, choices in _choices(self):
+            if getattr(self, name) not in choices:
+                raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
 
 
-def _check(recipe: Any, names: str, holds: Any, wanted: str) -> None:
-    kinds = {f.name: f.type for f in dataclasses.fields(recipe)}
-    for name in names.split():
-        value, kind = getattr(recipe, name), kinds[name]
-        if not _fits(value, kind) or (value is not None and not holds(value)):
-            raise _bad(name, value, f"{wanted}{', whole' if kind in (int, int | None) else ''}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of its field's kind: finite, whole where int is asked, None where allowed."""
-    if value is None:
-        return type(None) in typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(x, float) for x in value)
-    if kind is bool:
-        return isinstance(value, bool)
-    numbers = int if kind in (int, int | None) else int | float
-    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _choices(recipe: Any) -> list[tuple[str, tuple[str, ...]]]:
-    fields = dataclasses.fields(recipe)
-    return [(f.name, f.type.__args__) for f in fields if getattr(f.type, "__origin__", None) is Literal]  # type: ignore[union-attr]
-
-
-def _bad(name: str, value: Any, wanted: str) -> RecipeError:
-    return RecipeError(f"recipe field {name}", f"{value!r}", f"a value {wanted}")
+RECIPES: dict[str, type] = {"sparse-attention": SparseAttention, "circuits": CircuitSearch, **WEIGHT_RECIPES}
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -203,16 +227,32 @@ def from_dict(data: dict[str, Any]) -> Any:
 
 
 def read_recipe(path: Path | str) -> Any:
-    """Read a recipe from a YAML file."""
+    """Read a recipe from a YAML file; a list of them (stages: prune, then distil) is a tuple."""
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _loaded(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe file {path}", str(error), "a YAML file like recipes/smollm2.yaml") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe file {path}", f"{type(data).__name__}, not a mapping", "lines of `field: value`")
-    return from_dict({name: _number(value) for name, value in data.items()})
+    stages: Any = data if isinstance(data, list) and data else [data]
+    if not all(isinstance(stage, dict) for stage in stages):
+        found = f"{type(data).__name__}, not a mapping or a list of them"
+        raise RecipeError(f"recipe file {path}", found, "lines of `field: value`")
+    read = tuple(from_dict({name: _number(value) for name, value in stage.items()}) for stage in stages)
+    return read if isinstance(data, list) else read[0]
+
+
+def _loaded(text: str) -> Any:
+    """yaml.safe_load without YAML 1.1's numbers to base 60: `structure: 2:4` is no 124."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With its own table of what a bare word may be."""
+
+    word = ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$"))
+    known = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    Loader.yaml_implicit_resolvers = {first: [word, *rules] for first, rules in known}
+    return Loader(text).get_single_data()
 
 
 def _number(value: Any) -> Any:
@@ -223,10 +263,11 @@ def _number(value: Any) -> Any:
 
 
 def write_recipe(recipe: Any, path: Path | str) -> None:
-    """Write a recipe as YAML, every field resolved."""
+    """Write a recipe, or a tuple of them, as YAML, every field resolved."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False), encoding="utf-8")
+    data = [to_dict(stage) for stage in recipe] if isinstance(recipe, tuple) else to_dict(recipe)
+    Path(path).write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""Run a model's attention through fixed patterns: any family, a rule for each layer and head.
+
+`attend_` writes a rule on every attention module and switches the model to the function registered here, with its
+mask. Two ways to run, chosen explicitly: `masked` is SDPA with a boolean mask, the reference, with a backward pass
+on every device; `flex` is FlexAttention, which skips blocks without a kept entry (no backward pass on a CPU).
+
+Rules are laid by a token's position in its text: padding on either side and a cache are seen in the mask.
+
+Shapes: B batch, H head, G key/value head, Q query, K key, E head width, L layer.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fewedges.errors import ModelError, RecipeError
+from fewedges.model.anatomy import Anatomy, plain
+from fewedges.model.attention import (
+    allowed_keys,
+    attention_scores,
+    register,
+    repeat_heads,
+)
+from fewedges.sparsify.fixed_attention import Rule
+from fewedges.sparsify.pattern import Pattern
+
+FIXED = "fewedges-fixed"
+Run = Literal["masked", "flex"]
+Attention = Callable[..., Float[Tensor, "B H Q E"]]
+
+
+@dataclass(eq=False)
+class Laid:
+    """A layer's rule, and the last pattern it gave."""
+
+    rule: Any
+    """A Rule, or a router: an object with `route(query, key, allowed)`."""
+    heads: int
+    length: int | None
+    run: Run
+    _last: tuple[int, Tensor] | None = field(default=None, repr=False)
+
+    def pattern(self, n: int, device: torch.device | str = "cpu") -> Bool[Tensor, "h n n"]:
+        """The mask over n positions, h = 1 or H."""
+        if self._last is None or self._last[0] != n or self._last[1].device != torch.device(device):
+            self._last = (n, self._lay(n).to(device))
+        return self._last[1]
+
+    def order(self, n: int) -> Int[Tensor, "n"] | None:
+        """The order of positions in which the pattern has the smaller cover, if the rule knows one."""
+        return self.rule.order(n) if hasattr(self.rule, "order") else None
+
+    def _lay(self, n: int) -> Tensor:
+        if hasattr(self.rule, "route"):
+            raise ModelError(f"the pattern of {self.rule}", "it depends on the data", "rule.route(query, key, allowed)")
+        if self.length is not None and n > self.length:
+            raise ModelError(f"attend to {n} tokens", f"the pattern was laid for {self.length}", "a larger length")
+        mask = self.rule(self.length or n).mask()[..., :n, :n]
+        mask = mask if mask.dim() == 3 else mask[None]
+        if mask.shape[0] not in (1, self.heads):
+            found = f"the rule has {mask.shape[0]} heads, the layer {self.heads}"
+            raise RecipeError("attend", found, "one rule, or one for each head")
+        return mask
+
+
+def attend_(
+    model: Any,
+    anatomy: Anatomy,
+    rules: Rule | Sequence[Rule],
+    *,
+    length: int | None = None,
+    run: Run = "masked",
+) -> Any:
+    """Switch a model's attention to fixed patterns in place: one rule for all layers, or one for each.
+
+    `length` lays every pattern for that many tokens and uses its corner, so that a rule that moves with n (BigBird)
+    gives the same pattern while decoding as at once. Raises RecipeError when rules do not fit layers or heads.
+    """
+    each = list(rules) if isinstance(rules, Sequence) else [rules] * len(anatomy.layers)
+    if len(each) != len(anatomy.layers):
+        found = f"{len(each)} rules for {len(anatomy.layers)} layers"
+        raise RecipeError("attend", found, "one rule, or one for each layer")
+    laid = [Laid(rule, layer.heads, length, run) for rule, layer in zip(each, anatomy.layers, strict=True)]
+    for one in laid:
+        if not hasattr(one.rule, "route"):
+            one._lay(1)  # heads that do not fit are refused before anything is changed
+    register(FIXED, fixed_forward)
+    for module, one in zip(anatomy.modules(model), laid, strict=True):
+        module.fixed_attention = one  # type: ignore[assignment]
+    plain(model).set_attn_implementation(FIXED)
+    return model
+
+
+@contextmanager
+def attending(
+    model: Any, anatomy: Anatomy, rules: Rule | Sequence[Rule], *, length: int | None = None, run: Run = "masked"
+) -> Iterator[Any]:
+    """`attend_` for a while; the old attention comes back."""
+    before = plain(model).config._attn_implementation
+    try:
+        yield attend_(model, anatomy, rules, length=length, run=run)
+    finally:
+        plain(model).set_attn_implementation(before)
+        for module in anatomy.modules(model):
+            if hasattr(module, "fixed_attention"):
+                del module.fixed_attention
+
+
+def patterns(model: Any, anatomy: Anatomy, n: int) -> list[Pattern]:
+    """Each layer's pattern over n tokens, cut to the causal triangle: (1 or H, n, n)."""
+    return [Pattern(module.fixed_attention.pattern(n)).causal() for module in anatomy.modules(model)]  # type: ignore[union-attr]
+
+
+def fixed_forward(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    value: Float[Tensor, "B G K E"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "B Q H E"], None]:
+    """Attend through the module's pattern, in the AttentionInterface's signature."""
+    laid: Laid = module.fixed_attention  # type: ignore[assignment]
+    allowed = allowed_keys(attention_mask, key.shape[-2])
+    _refuse_cut_cache(query, key, sliding_window)
+    if hasattr(laid.rule, "route"):
+        kept = laid.rule.route(query, repeat_heads(key, query.shape[1]), allowed).mask() & allowed
+    else:
+        kept = kept_keys(laid, allowed)
+    attend = flex_attention if laid.run == "flex" else masked_attention
+    order = laid.order(key.shape[-2]) if laid.run == "flex" and query.shape[-2] == key.shape[-2] else None
+    output = _reordered(attend, order)(query, key, value, kept, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def kept_keys(laid: Laid, allowed: Bool[Tensor, "B 1 Q K"]) -> Bool[Tensor, "B h Q K"]:
+    """The pattern, laid by position: a query sits at the last key it may see, a text begins at its first."""
+    keys = allowed.shape[-1]
+    seen = allowed.any(-2)[:, 0]  # (B, K)
+    begin = seen.int().argmax(-1)  # (B,)
+    slot = keys - 1 - allowed[:, 0].flip(-1).int().argmax(-1)  # (B, Q)
+    pattern = laid.pattern(keys, allowed.device)
+    if not begin.any() and allowed.shape[-2] == keys:
+        return pattern & allowed
+    rows = (slot - begin[:, None]).clamp(min=0)  # (B, Q)
+    columns = (torch.arange(keys, device=allowed.device) - begin[:, None]).clamp(min=0)  # (B, K)
+    moved = pattern[:, rows[:, :, None], columns[:, None, :]]  # (h, B, Q, K)
+    return moved.transpose(0, 1) & allowed
+
+
+def masked_attention(
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    value: Float[Tensor, "B G K E"],
+    kept: Bool[Tensor, "#B #H Q K"],
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H Q E"]:
+    """Softmax over the kept keys; a query that keeps none gets 0."""
+    empty = ~kept.any(-1, keepdim=True)  # (B, h, Q, 1)
+    safe = kept | empty
+    if softcap is None:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=safe, scale=scaling)
+    else:
+        scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+        weights = torch.softmax(scores.masked_fill(~safe, -torch.inf), dim=-1)
+        output = weights.to(value.dtype) @ repeat_heads(value, query.shape[1])
+    return output.masked_fill(empty, 0)
+
+
+def flex_attention(
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B G K E"],
+    value: Float[Tensor, "B G K E"],
+    kept: Bool[Tensor, "#B #H Q K"],
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H Q E"]:
+    """The same by FlexAttention: blocks of 128 x 128 without a kept entry are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, heads = kept.shape[:2]
+
+    def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return kept[b if batch > 1 else 0, h if heads > 1 else 0, q, k]
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        assert softcap is not None
+        return torch.tanh(score / softcap) * softcap
+
+    sizes = (batch if batch > 1 else None, heads if heads > 1 else None, query.shape[-2], key.shape[-2])
+    blocks = create_block_mask(keep, *sizes, device=query.device)
+    return _flex(query.is_cuda)(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        score_mod=None if softcap is None else cap,
+        block_mask=blocks,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+@functools.cache
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention import flex_attention as flex
+
+    return torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
+
+
+def _reordered(attend: Attention, order: Int[Tensor, "n"] | None) -> Attention:
+    """Attend with the positions in another order, and put the result back."""
+    if order is None:
+        return attend
+
+    def run(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, *rest: Any) -> Tensor:
+        at = order.to(query.device)
+        moved = kept[..., at, :][..., at]
+        return attend(query[:, :, at], key[:, :, at], value[:, :, at], moved, *rest)[:, :, at.argsort()]
+
+    return run
+
+
+def _refuse_cut_cache(query: Tensor, key: Tensor, window: int | None) -> None:
+    """Where a sliding-window cache has dropped keys, positions can no longer be told from the mask."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    if window is not None and queries != keys and keys >= window + queries - 1:
+        found = f"a cache cut to a sliding window of {window}: positions are lost"
+        raise ModelError("a fixed pattern while decoding", found, "use_cache=False")

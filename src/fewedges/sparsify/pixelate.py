@@ -1,0 +1,196 @@
+"""Replace the linear layers of a model by pixelated butterflies, within one budget of parameters.
+
+Chen, Dao et al. 2022 (arXiv:2112.00029), section 3.3: give every type of layer its share of the sparse compute,
+spend a quarter to a third of a layer's share on the low rank and the rest on the butterfly, replace, then train. For
+a language model that is the query, key, value and output projections and the MLP; the scores stay dense.
+
+Shapes: R outputs, C inputs of a matrix; N windows, T tokens.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from fewedges.errors import ModelError, RecipeError
+from fewedges.model.anatomy import anatomy
+from fewedges.model.loading import Loaded
+from fewedges.sparsify.allocation import Shape, share
+from fewedges.sparsify.butterfly import PixelatedLinear, Plan
+from fewedges.sparsify.calibration import calibrated
+from fewedges.sparsify.matrices import Matrix, chosen, matrices_of, shapes_of
+from fewedges.sparsify.projecting import fill_, project
+
+Start = Literal["project", "scratch"]
+SLACK = 0.02
+"""How far above its density a layer may come when its rank is rounded to a whole block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixelated:
+    """What `pixelate_` did to a model: enough to do it again before `load_state_dict`."""
+
+    plans: dict[str, Plan]
+    shapes: dict[str, Shape]
+    errors: dict[str, float]
+    """Relative error of every projection; empty from scratch."""
+
+    @property
+    def density(self) -> float:
+        """Parameters of the replaced matrices as a fraction of before."""
+        now = sum(plan.parameters(*self.shapes[name]) for name, plan in self.plans.items())
+        return now / sum(r * c for r, c in self.shapes.values())
+
+    @property
+    def rank_share(self) -> float:
+        """Fraction of those parameters that the low ranks hold."""
+        now = sum(plan.parameters(*self.shapes[name]) for name, plan in self.plans.items())
+        return sum(plan.rank * sum(self.shapes[name]) for name, plan in self.plans.items()) / now
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a matrix: plan, cell, density, cover of the sparse term by 16, 32 and 64, error."""
+        return [self._row(name, plan, self.shapes[name]) for name, plan in self.plans.items()]
+
+    def _row(self, name: str, plan: Plan, shape: Shape) -> dict[str, Any]:
+        covers = {f"cover({b})": plan.pattern(*shape).cover(b) if plan.grid else 0.0 for b in (16, 32, 64)}
+        cell = (shape[0] // plan.grid, shape[1] // plan.grid) if plan.grid else None
+        known = {"name": name, "shape": shape, **asdict(plan), "cell": cell, "density": plan.density(*shape)}
+        return {**known, **covers, "error": self.errors.get(name)}
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=lambda name: self.errors[name], default=None)
+        text = f"{len(self.plans)} matrices at density {self.density:.4f}, {self.rank_share:.0%} of it low rank"
+        return text if worst is None else f"{text}; largest projection error {self.errors[worst]:.3f} ({worst})"
+
+
+def pixelate_(
+    model: Any,
+    density: float = 0.2,
+    *,
+    start: Start = "project",
+    rank_share: float = 0.25,
+    block: int = 32,
+    shares: Mapping[str, float] | None = None,
+    keep_dense: Iterable[str] = (),
+    plans: Mapping[str, Plan] | None = None,
+    tokens: Int[Tensor, "N T"] | None = None,
+    rounds: int = 20,
+) -> Pixelated:
+    """Replace every matrix inside the blocks of a model (or `Loaded`) in place; biases stay.
+
+    `start`: project fits the pretrained weights, in the norm of their inputs when calibration `tokens` are given;
+    scratch draws new ones as spread as the old. `shares` says how the budget is split between "attention" and "mlp"
+    (default: as dense compute is). `plans` decides every layer itself. Nothing else in the model changes, and new
+    parameters train if the old ones did. Raises RecipeError before anything is touched when the budget cannot be met.
+    """
+    loaded = model if isinstance(model, Loaded) else _loaded(model)
+    if start not in ("project", "scratch") or (tokens is not None and start == "scratch"):
+        raise RecipeError(f"start={start!r}", "tokens serve a projection", "project, or scratch without tokens")
+    matrices = chosen(matrices_of(loaded), keep_dense)
+    shapes = shapes_of(matrices)
+    if plans is None:
+        densities = layer_densities(loaded, shapes, density, shares)
+        plans = {name: plan_for(shape, densities[name], rank_share, block) for name, shape in shapes.items()}
+    if set(plans) != set(matrices):
+        raise RecipeError("plans", f"they differ in {sorted(set(plans) ^ set(matrices))[:3]}", "one for each matrix")
+    layers = {name: _layer(matrix, plans[name]) for name, matrix in matrices.items()}
+    errors: dict[str, float] = {}
+    if start == "project" and tokens is not None:
+        for _, seen in calibrated(loaded, tokens, gram=True):
+            for name in seen.keys() & layers.keys():
+                errors[name] = _project_(matrices[name], layers[name], seen[name].gram, rounds)
+                _replace_(loaded.model, name, layers[name])
+    for name in layers.keys() - errors.keys():
+        if start == "project":
+            errors[name] = _project_(matrices[name], layers[name], None, rounds)
+        else:
+            _draw_(matrices[name], layers[name])
+        _replace_(loaded.model, name, layers[name])
+    return Pixelated(plans=dict(plans), shapes=shapes, errors={name: errors[name] for name in plans if name in errors})
+
+
+def layer_densities(
+    loaded: Loaded, shapes: Mapping[str, Shape], density: float, shares: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Density of every matrix: `shares` of the budget for attention and mlp, by default what they cost dense."""
+    modules = tuple(f"{layer.module}." for layer in loaded.anatomy.layers)
+    kinds = {name: "attention" if name.startswith(modules) else "mlp" for name in shapes}
+    cost = {kind: sum(r * c for name, (r, c) in shapes.items() if kinds[name] == kind) for kind in kinds.values()}
+    given = dict(cost) if shares is None else dict(shares)
+    if set(given) != set(cost) or min(given.values()) <= 0:
+        raise RecipeError(f"shares {given}", "every type of layer needs more than 0", f"shares for {sorted(cost)}")
+    return share(shapes, {name: given[kinds[name]] / cost[kinds[name]] for name in shapes}, density)
+
+
+def plan_for(shape: Shape, density: float, rank_share: float = 0.25, block: int = 32) -> Plan:
+    """The plan that fills a density best.
+
+    The butterfly gets at most 1 - rank_share of it: the densest (1 + k) / B that fits, on ties the smallest grid,
+    whose cells are the largest; what is left (and up to 2 % more) goes to the low rank, in multiples of the block.
+    Cells are multiples of `block` in both directions, or of the largest smaller power of two that allows a plan.
+    Raises RecipeError when none does.
+    """
+    if not 0 < density <= 1 or not 0 <= rank_share < 1 or block < 1:
+        found = f"density {density}, rank_share {rank_share}, block {block}"
+        raise RecipeError("plan a pixelated layer", found, "0 < density <= 1, 0 <= rank_share < 1, block 32")
+    rows, columns = shape
+    while block:
+        fitting = [p for p in _butterflies(shape, block) if p.density(*shape) <= (1 - rank_share) * density + 1e-12]
+        if fitting:
+            best = max(fitting, key=lambda plan: (plan.density(*shape), -plan.grid))
+            left = (1 + SLACK) * density * rows * columns - best.parameters(*shape)
+            rank = int(left / (rows + columns) + 1e-9) // block * block if rank_share else 0
+            return Plan(best.grid, best.factors, rank)
+        block //= 2
+    hint = "a higher density, keep_dense for this matrix, or a plan of your own"
+    raise RecipeError(f"a butterfly of density {density:.3f}", f"none fits a {rows} x {columns} matrix", hint)
+
+
+def _butterflies(shape: Shape, block: int) -> list[Plan]:
+    """All butterflies whose cells are multiples of a block."""
+    plans, grid = [], 2
+    while shape[0] % (grid * block) == 0 and shape[1] % (grid * block) == 0:
+        plans += [Plan(grid, factors, 0) for factors in range(1, grid.bit_length())]
+        grid *= 2
+    return plans
+
+
+def _loaded(model: Any) -> Loaded:
+    return Loaded(name=type(model).__name__, model=model, tokenizer=None, anatomy=anatomy(model))
+
+
+def _layer(matrix: Matrix, plan: Plan) -> PixelatedLinear:
+    """A new layer beside the old: its bias, device, type and whether it trains."""
+    rows, columns = matrix.shape
+    bias: Tensor | None = getattr(matrix.module, "bias", None)
+    old = matrix.parameter
+    layer = PixelatedLinear(columns, rows, plan, bias=bias is not None)
+    layer = layer.to(device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
+    if layer.bias is not None and bias is not None:
+        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+    return layer.train(matrix.module.training)
+
+
+def _project_(matrix: Matrix, layer: PixelatedLinear, gram: Tensor | None, rounds: int) -> float:
+    fit = project(matrix.weight, layer.plan, gram, rounds=rounds)
+    fill_(layer, fit)
+    return fit.error
+
+
+@torch.no_grad()
+def _draw_(matrix: Matrix, layer: PixelatedLinear) -> None:
+    """Draw weights as spread as the dense ones, and keep the bias."""
+    bias = None if layer.bias is None else layer.bias.clone()
+    layer.reset_(float(matrix.weight.float().std()))
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
+
+
+def _replace_(model: nn.Module, name: str, layer: PixelatedLinear) -> None:
+    parent, _, child = name.rpartition(".")
+    if not hasattr(model.get_submodule(parent), child):
+        raise ModelError(f"replace {name}", "its parent has no such child", "a model whose names are its own")
+    setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,195 @@
+"""Fixed patterns inside real architectures: the masked softmax they say, padded and cached alike, put back after."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewedges.errors import ModelError, RecipeError
+from fewedges.model.attention import attention_by, dense_attention, register
+from fewedges.model.probes import causal, decode, padding
+from fewedges.sparsify.attending import attend_, attending, flex_attention, masked_attention, patterns
+from fewedges.sparsify.fixed_attention import BigBird, BlockButterfly, Fixed, Full, Heads, Local, Strided, Union
+from tiny import SUPPORTED, NoiseBatches, tiny_loaded
+
+LAYERS = [
+    Heads((Local(3), Strided(3, "second"), Fixed(4, 1), BlockButterfly(2, 1, first=1))),
+    Union((Strided(4), Fixed(4, 2))),
+]
+"""A rule for each of two layers; the first differs by head."""
+LENGTH = 12
+
+
+def tokens(batch=2, length=LENGTH, seed=0):
+    return NoiseBatches(length=length).at(seed, batch).tokens
+
+
+def logits(model, given, **options):
+    with torch.no_grad():
+        return model(input_ids=given, **({"use_cache": False} | options)).logits
+
+
+def slow(loaded, rules, given):
+    """The model with its weights and a mask joined to every layer's, through the plain softmax."""
+    at = {id(module): number for number, module in enumerate(loaded.anatomy.modules(loaded.model))}
+
+    def oracle(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
+        mask = rules[at[id(module)]](key.shape[-2]).mask()
+        mask = mask if mask.dim() == 3 else mask[None]
+        heads = [
+            dense_attention(
+                module, query[:, h : h + 1], key[:, g : g + 1], value[:, g : g + 1],
+                attention_mask & mask[h % len(mask)], scaling=scaling, softcap=softcap,
+            )[0]
+            for h in range(query.shape[1])
+            for g in [h * key.shape[1] // query.shape[1]]
+        ]  # fmt: skip
+        return torch.cat(heads, 2), None
+
+    register("slow-fixed", oracle)
+    with attention_by(loaded.model, "slow-fixed"):
+        return logits(loaded.model, given)
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_model_attends_through_its_layers_and_heads_own_patterns(name):
+    loaded = tiny_loaded(name)
+    dense, wanted = logits(loaded.model, tokens()), slow(loaded, LAYERS, tokens())
+    with attending(loaded.model, loaded.anatomy, LAYERS):
+        mine = logits(loaded.model, tokens())
+    assert (mine - wanted).abs().max() <= 2.9e-6 * wanted.abs().max()  # measured at most 7.3e-7
+    assert (wanted - dense).abs().max() > 0.05 * dense.abs().max()
+    assert torch.equal(logits(loaded.model, tokens()), dense)  # put back
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_padding_and_a_cache_change_nothing(name):
+    loaded = tiny_loaded(name)
+    attend_(loaded.model, loaded.anatomy, LAYERS)
+
+    def forward(given, raw=False, **options):
+        with torch.no_grad():
+            out = loaded.model(input_ids=given, **({"use_cache": False} | options))
+        return out if raw else out.logits
+
+    causal(loaded.model, loaded.anatomy, forward)
+    padding(loaded.model, loaded.anatomy, forward)
+    if any(layer.window for layer in loaded.anatomy.layers):
+        with pytest.raises(ModelError, match="use_cache=False"):
+            decode(loaded.model, loaded.anatomy, forward)
+    else:
+        decode(loaded.model, loaded.anatomy, forward)
+
+
+@pytest.mark.stays
+def test_a_rule_that_moves_with_the_length_decodes_when_laid_for_one():
+    loaded, rule = tiny_loaded("llama"), BigBird(1, 1, heads=4)
+
+    def gap():
+        full = logits(loaded.model, tokens(1))
+        return float((logits(loaded.model, tokens(1)[:, :9]) - full[:, :9]).abs().max() / full.abs().max())
+
+    with attending(loaded.model, loaded.anatomy, rule, length=LENGTH):
+        assert gap() <= 2e-6  # measured 5e-7
+        with pytest.raises(ModelError, match="laid for 12"):
+            logits(loaded.model, tokens(1, LENGTH + 1))
+    with attending(loaded.model, loaded.anatomy, rule):
+        assert gap() > 0.01
+
+
+@pytest.mark.stays
+def test_batches_of_different_padding_are_laid_by_position():
+    loaded, given = tiny_loaded("gpt2"), tokens(2)
+    attend_(loaded.model, loaded.anatomy, LAYERS)
+    alone = [logits(loaded.model, given[:1]), logits(loaded.model, given[1:, 4:])]
+    mask = torch.ones_like(given)
+    mask[1, :4] = 0
+    together = logits(loaded.model, given, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    scale = together.abs().max()
+    assert (together[:1] - alone[0]).abs().max() <= 1.2e-6 * scale
+    assert (together[1:, 4:] - alone[1]).abs().max() <= 1.2e-6 * scale  # measured 3.1e-7
+
+
+@pytest.mark.matches
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.booleans(), st.sampled_from([None, 2.0]))
+def test_masked_attention_and_its_gradient_are_the_softmax_over_kept_keys(seed, by_head, softcap):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, h, 7, 4, dtype=torch.double, requires_grad=True) for h in (4, 2, 2))
+    kept = torch.rand(2, 4 if by_head else 1, 7, 7) < 0.4
+    kept[:, :, 3] = False  # a query without a key
+    mine = masked_attention(q, k, v, kept, scaling=0.7, softcap=softcap)
+    wanted = torch.zeros_like(mine)
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(7)).tolist():
+        at = kept[b, h if by_head else 0, i].nonzero()[:, 0]
+        scores = 0.7 * k[b, h // 2, at] @ q[b, h, i]
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        wanted[b, h, i] = torch.softmax(scores, 0) @ v[b, h // 2, at] if len(at) else 0
+    torch.testing.assert_close(mine, wanted, rtol=0, atol=3.5e-15)  # measured 9e-16
+    upstream = torch.randn_like(mine)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (mine, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=8e-15)  # measured 2e-15
+
+
+@pytest.mark.matches
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_flex_attention_gives_the_same_logits(name):
+    loaded = tiny_loaded(name)
+    rules = [LAYERS[0], Strided(5, "second")]  # the second runs in the transposed order
+    with attending(loaded.model, loaded.anatomy, rules):
+        wanted = logits(loaded.model, tokens())
+    with attending(loaded.model, loaded.anatomy, rules, run="flex"):
+        mine = logits(loaded.model, tokens())
+    assert (mine - wanted).abs().max() <= 2e-6 * wanted.abs().max()  # measured 5.5e-7
+
+
+@pytest.mark.matches
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_0_to_a_query_without_a_key():
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    kept = torch.rand(1, 2, 20, 20) < 0.3
+    kept[:, :, 5] = False
+    mine, wanted = flex_attention(q, k, v, kept), masked_attention(q, k, v, kept)
+    assert not mine[:, :, 5].any()
+    torch.testing.assert_close(mine, wanted, rtol=0, atol=9e-7)  # measured 2.4e-7
+
+
+@pytest.mark.matches
+def test_patterns_tell_what_each_layer_sees():
+    loaded = tiny_loaded("llama")
+    attend_(loaded.model, loaded.anatomy, [LAYERS[0], Full()])
+    first, second = patterns(loaded.model, loaded.anatomy, 10)
+    assert first.shape == (4, 10, 10)
+    assert second.nnz == 55
+    assert torch.equal(first.mask(), LAYERS[0](10).mask().tril())
+
+
+@pytest.mark.stays
+def test_a_model_with_patterns_can_be_copied_trained_and_saved_as_before(tmp_path):
+    loaded = tiny_loaded("llama")
+    keys = set(loaded.model.state_dict())
+    attend_(loaded.model, loaded.anatomy, LAYERS)
+    twin = copy.deepcopy(loaded.model).requires_grad_(True)
+    assert set(twin.state_dict()) == keys
+    twin(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in twin.parameters())
+    assert torch.equal(logits(twin, tokens()), logits(loaded.model, tokens()))
+
+
+@pytest.mark.survives
+def test_rules_that_do_not_fit_are_refused_and_the_model_left_alone():
+    loaded = tiny_loaded("llama")
+    before = logits(loaded.model, tokens())
+    with pytest.raises(RecipeError, match="3 rules for 2 layers"):
+        attend_(loaded.model, loaded.anatomy, [Full()] * 3)
+    with pytest.raises(RecipeError, match="3 heads, the layer 4"):
+        attend_(loaded.model, loaded.anatomy, Heads((Full(),) * 3))
+    with pytest.raises(RuntimeError, match="stop"), attending(loaded.model, loaded.anatomy, Local(1)):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(loaded.model, tokens()), before)
+    assert not any(hasattr(m, "fixed_attention") for m in loaded.model.modules())

@@ -1,0 +1,262 @@
+"""SLIDE: hashes and tables against loops, recall against its formula, and a wide layer that learns from few neurons."""
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewedges.errors import RecipeError
+from fewedges.sparsify.slide import SlideLinear
+from fewedges.sparsify.slide_hash import ATTEMPTS, Functions, Hashing, Tables
+
+KINDS = ["simhash", "wta", "dwta"]
+
+
+def slow_codes(functions, x):
+    """Code by code, from the papers."""
+    kind, count = functions.hashing.kind, functions.hashing.codes * functions.hashing.tables
+    rows = []
+    for v in x.tolist():
+        if kind == "simhash":
+            row = [int(sum(a * b for a, b in zip(v, p, strict=True)) >= 0) for p in functions.projection.T.tolist()]
+        else:
+            bins = [[v[c] for c in at] for at in functions.coordinates.tolist()]
+            if kind == "wta":
+                row = [max(range(len(b)), key=lambda i: b[i]) for b in bins]
+            else:
+                own = [max((i for i in range(len(b)) if b[i]), key=lambda i: b[i], default=None) for b in bins]
+                row = list(own)
+                for c in range(count):
+                    asks = (own[int(functions.others[t, c])] for t in range(ATTEMPTS))
+                    row[c] = own[c] if own[c] is not None else next((o for o in asks if o is not None), 0)
+        rows.append(row)
+    return torch.tensor(rows).view(len(x), functions.hashing.tables, functions.hashing.codes)
+
+
+def slow_tables(keys, capacity):
+    """One dictionary of first-in-first-out lists a table."""
+    tables = []
+    for column in keys.T.tolist():
+        table = defaultdict(list)
+        for neuron, key in enumerate(column):
+            table[key] = [*table[key], neuron][-capacity:]
+        tables.append(table)
+    return tables
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_and_keys_are_those_of_the_papers(kind):
+    torch.manual_seed(0)
+    x = torch.randn(20, 30)
+    x[::2] *= torch.rand(10, 30) < 0.1  # sparse ones: bins run empty
+    x[0] = 0
+    functions = Functions(Hashing(kind=kind, codes=3, tables=4, bin=4), 30, seed=2)
+    mine, slow = functions.codes(x), slow_codes(functions, x)
+    assert torch.equal(mine, slow)
+    base = 2 if kind == "simhash" else 4
+    assert torch.equal(functions.keys(x), slow[..., 0] + base * slow[..., 1] + base**2 * slow[..., 2])
+    assert functions.keys(x).max() < functions.hashing.keys == base**3
+    if kind == "simhash":
+        assert (functions.projection != 0).sum(0).tolist() == [10] * 12  # a third of the coordinates
+
+
+@pytest.mark.matches
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5))
+def test_tables_find_what_dictionaries_of_lists_do(seed, neurons, tables, buckets, capacity):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(0, buckets, (neurons, tables), generator=generator)
+    asked = torch.randint(0, buckets + 1, (5, tables), generator=generator)
+    slow, wanted = slow_tables(keys, capacity), {}
+    for vector, line in enumerate(asked.tolist()):
+        for table, key in zip(slow, line, strict=True):
+            for neuron in table.get(key, []):
+                wanted[vector, neuron] = wanted.get((vector, neuron), 0) + 1
+    found = [part.tolist() for part in Tables.of(keys, capacity).find(asked)]
+    assert {(v, n): c for v, n, c in zip(*found, strict=True)} == wanted
+    assert sorted(zip(found[0], found[1], strict=True)) == list(zip(found[0], found[1], strict=True))
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize(("angle", "codes", "tables"), [(0.3, 6, 5), (0.8, 4, 10), (1.2, 2, 3)])
+def test_recall_of_simhash_follows_1_minus_1_minus_p_to_the_k_to_the_l(angle, codes, tables):
+    torch.manual_seed(0)
+    x, other = torch.nn.functional.normalize(torch.randn(2, 4000, 90), dim=-1)
+    other = torch.nn.functional.normalize(other - (other * x).sum(-1, keepdim=True) * x, dim=-1)
+    near = math.cos(angle) * x + math.sin(angle) * other
+    hits = []
+    for seed in range(5):
+        functions = Functions(Hashing(codes=codes, tables=tables), 90, seed)
+        hits.append((functions.keys(x) == functions.keys(near)).any(-1).float().mean())
+    p = 1 - angle / math.pi
+    assert float(torch.stack(hits).mean()) == pytest.approx(1 - (1 - p**codes) ** tables, abs=0.0029)  # measured .0007
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("kind", ["wta", "dwta"])
+def test_winner_take_all_looks_at_order_alone_and_dense_vectors_need_no_densifying(kind):
+    torch.manual_seed(0)
+    x = torch.randn(50, 32)
+    functions = Functions(Hashing(kind=kind, codes=2, tables=8), 32)
+    assert torch.equal(functions.keys(x), functions.keys(3 * x + 7 * (kind == "wta")))
+    other = Functions(Hashing(kind="wta", codes=2, tables=8), 32)
+    assert torch.equal(functions.keys(x), other.keys(x))
+
+
+@pytest.mark.stays
+def test_densifying_tells_sparse_vectors_apart():
+    """Empty bins collide for all; borrowed ones only for vectors that are alike."""
+    torch.manual_seed(0)
+    x = torch.rand(300, 200) * (torch.rand(300, 200) < 0.03)
+    alike = x * (1 + 0.1 * torch.rand_like(x))
+
+    def met(kind, other):
+        functions = Functions(Hashing(kind=kind, codes=2, tables=10), 200)
+        return float((functions.keys(x) == functions.keys(other)).float().mean())
+
+    assert met("wta", x.roll(1, 0)) > 0.3 > 0.15 > met("dwta", x.roll(1, 0))  # measured .40 and .03
+    assert met("dwta", alike) > 0.8  # measured .998
+
+
+def layer_and_inputs(seed=0, **options):
+    torch.manual_seed(seed)
+    layer = SlideLinear(12, 60, Hashing(codes=3, tables=4), seed=seed, **options)
+    return layer, torch.randn(7, 12), torch.randint(-1, 60, (7, 3))
+
+
+@pytest.mark.matches
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(0, 2), st.sampled_from([0, 1, 20, 60]), st.booleans())
+def test_active_neurons_are_found_often_enough_or_labels_or_fill_up(seed, above, least, labelled):
+    layer, x, labels = layer_and_inputs(seed, above=above, least=least)
+    row, neuron = layer.active(x, labels if labelled else None)
+    tables, keys = slow_tables(layer.functions.keys(layer.weight), 128), layer.functions.keys(x)
+    for i in range(7):
+        mine = neuron[row == i].tolist()
+        votes = [n for table, key in zip(tables, keys[i].tolist(), strict=True) for n in table.get(key, [])]
+        sure = {n for n in votes if votes.count(n) > above}
+        sure |= {int(n) for n in labels[i] if n >= 0} if labelled else set()
+        assert mine == sorted(set(mine))
+        assert sure <= set(mine)
+        assert len(mine) == max(len(sure), least)
+
+
+@pytest.mark.matches
+def test_logits_loss_and_gradients_are_those_of_a_softmax_over_the_active():
+    layer, x, labels = layer_and_inputs(above=0, least=10)
+    labels[0] = torch.tensor([5, -1, 9])
+    x.requires_grad_()
+    active = layer(x, labels)
+    mask, every = active.pattern().mask(), layer.all_logits(x)
+    torch.testing.assert_close(active.logit, every[mask], rtol=0, atol=1e-6)  # measured 2.7e-7
+    logs = torch.log_softmax(every.masked_fill(~mask, -torch.inf), -1)
+    wanted = -sum(
+        logs[i, [n for n in line if n >= 0]].mean() for i, line in enumerate(labels.tolist()) if max(line) >= 0
+    )
+    loss = active.loss(labels)
+    assert loss.item() == pytest.approx(float(wanted.detach()) / 7, abs=1.9e-6)  # measured 4.8e-7
+    loss.backward()
+    leaves = (layer.weight, layer.bias, x)
+    for mine, slow in zip((p.grad for p in leaves), torch.autograd.grad(wanted / 7, leaves), strict=True):
+        torch.testing.assert_close(mine.to_dense(), slow, rtol=0, atol=1.3e-7)  # measured 3.4e-8
+    assert layer.weight.grad.is_sparse
+    assert set(layer.weight.grad.coalesce().indices()[0].tolist()) == set(active.neuron.tolist())
+
+
+@pytest.mark.stays
+def test_only_active_neurons_move_and_tables_follow_on_time():
+    layer, x, labels = layer_and_inputs(refill=10, redraw=30)
+    optimizer, before = torch.optim.SparseAdam(layer.parameters(), 0.1), layer.weight.detach().clone()
+    active = layer(x, labels)
+    active.loss(labels).backward()
+    optimizer.step()
+    moved = (layer.weight != before).any(-1).nonzero()[:, 0]
+    assert 0 < len(moved) < 60
+    assert set(moved.tolist()) <= set(active.neuron.tolist())
+    old = layer.functions
+    assert [layer.seen_(7) for _ in range(6)] == [False, True, True, False, True, True]  # 14, 21, 35 and 42
+    assert layer.seed == 1
+    assert not torch.equal(layer.functions.projection, old.projection)
+    assert torch.equal(layer.tables.key, Tables.of(layer.functions.keys(layer.weight), 128).key)
+
+
+@pytest.mark.reproduces
+def test_a_saved_layer_finds_the_same_neurons():
+    layer, x, labels = layer_and_inputs(3)
+    twin = SlideLinear(12, 60, Hashing(codes=3, tables=4), seed=3)
+    twin.load_state_dict(layer.state_dict())
+    for mine, wanted in zip(twin(x, labels)[:3], layer(x, labels)[:3], strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def extreme_classification(classes=2000, words=600, seed=0):
+    """Bags of words: every class has 8 words of its own liking; a document draws 6 of them and 4 others."""
+    generator = torch.Generator().manual_seed(seed)
+    liked = torch.rand(classes, words, generator=generator).argsort(-1)[:, :8]
+
+    def draw(count, seed):
+        g = torch.Generator().manual_seed(seed)
+        label = torch.randint(0, classes, (count,), generator=g)
+        own = liked[label].gather(1, torch.rand(count, 8, generator=g).argsort(-1)[:, :6])
+        return torch.cat([own, torch.randint(0, words, (count, 4), generator=g)], 1), label
+
+    return draw
+
+
+def trained(hashing, steps, classes=500, batch=64, **options):
+    """A network words -> 32 -> classes; the wide layer, hidden vectors of new documents and their labels."""
+    torch.manual_seed(0)
+    draw = extreme_classification(classes)
+    bag, layer = torch.nn.EmbeddingBag(600, 32, mode="sum"), SlideLinear(32, classes, hashing, **options)
+    sparse, dense = torch.optim.SparseAdam(layer.parameters(), 0.01), torch.optim.Adam(bag.parameters(), 0.01)
+    for step in range(steps):
+        words, label = draw(batch, 1000 + step)
+        sparse.zero_grad()
+        dense.zero_grad()
+        layer(torch.relu(bag(words)), label[:, None]).loss(label[:, None]).backward()
+        sparse.step()
+        dense.step()
+        layer.seen_(batch)
+    words, label = draw(1000, 1)
+    with torch.no_grad():
+        return layer, torch.relu(bag(words)), label
+
+
+@pytest.mark.stays
+def test_a_wide_layer_learns_from_few_neurons_better_than_from_random_ones():
+    right, recall, share = {}, {}, {}
+    nothing_found, often = Hashing(codes=40, tables=1), {"refill": 640, "redraw": 6400}
+    for name, hashing, options in [
+        ("hashed", Hashing(codes=8, tables=16), often),
+        ("random", nothing_found, {"least": 8}),
+    ]:
+        layer, hidden, label = trained(hashing, 200, **options)
+        best, found = layer.all_logits(hidden).argmax(-1), layer(hidden).pattern()
+        right[name] = float((best == label).float().mean())
+        recall[name] = float(found.mask()[torch.arange(1000), best].float().mean())
+        share[name] = found.density
+    assert max(share.values()) < 0.02  # measured .015, and .016 at random
+    assert right["hashed"] > right["random"] + 0.03 > 0.2  # measured .39 and .34; the whole layer gets .71
+    assert recall["hashed"] > 4 * share["hashed"]  # the largest logit of all is among those computed: measured .12
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Hashing(kind="minhash"),
+        lambda: Hashing(codes=0),
+        lambda: Hashing(kind="wta", codes=30),
+        lambda: Functions(Hashing(kind="wta", bin=8), 4),
+        lambda: SlideLinear(4, 8, least=9),
+        lambda: SlideLinear(4, 8, refill=0),
+        lambda: SlideLinear(4, 8, Hashing(codes=60, tables=1))(torch.randn(1, 4)).loss(torch.tensor([[3]])),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make):
+    with pytest.raises(RecipeError, match="Try: "):
+        make()

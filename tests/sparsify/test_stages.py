@@ -1,0 +1,112 @@
+"""One verb for every method: stages in a row, saved and resumed between them."""
+
+import copy
+
+import pytest
+import torch
+
+import fewedges as fe
+from fewedges.data.addition import Sums
+from fewedges.errors import ModelError, RecipeError, StoreError
+from fewedges.recipes import read_recipe
+from fewedges.sparsify import stages as verb
+from fewedges.sparsify.pruning import prune_
+from fewedges.sparsify.quantizing import quantize_
+from fewedges.sparsify.recovery import distil_
+from fewedges.sparsify.stages import sparsify, sparsify_weights
+
+PRUNE = fe.Prune(method="wanda", density=0.5, calibration_windows=8)
+DISTIL = fe.Distil(steps=3, batch_size=8, warmup_steps=0, log_every=1)
+STAGES = (PRUNE, DISTIL, fe.Quantize(bits=8))
+
+
+def twin(loaded):
+    return loaded.with_model(copy.deepcopy(loaded.model))
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.matches
+def test_stages_in_a_row_are_the_verbs_in_a_row_and_leave_the_model_alone(addition, tmp_path):
+    before = parameters(addition.model)
+    result = fe.sparsify(addition, STAGES, out=tmp_path / "run")
+    assert same(parameters(addition.model), before)
+    by_hand = prune_(twin(addition), PRUNE, Sums())
+    by_hand = quantize_(distil_(by_hand, DISTIL, Sums(), teacher=addition), STAGES[2])
+    assert same(parameters(result.model), parameters(by_hand.model))
+    assert result.stages == by_hand.stages == STAGES
+    assert {code.bits for code in result.rounded.values()} == {8}
+    assert read_recipe(tmp_path / "run" / "recipe.yaml") == STAGES
+    loaded = fe.load(tmp_path / "run")
+    assert isinstance(loaded, fe.Pruned)
+    assert same(parameters(loaded.model), parameters(result.model))
+    assert len((tmp_path / "run" / "distil-1" / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.reproduces
+def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(addition, tmp_path, monkeypatch):
+    wanted = parameters(sparsify_weights(addition, STAGES).model)
+    for _ in range(2):
+        paused = sparsify_weights(addition, STAGES, out=tmp_path, pause_minutes=0.0)
+        assert not paused.finished
+        assert fe.load(tmp_path).stages == (PRUNE,)
+    monkeypatch.setattr(verb, "prune_", None)  # what is saved is not done again
+    done = sparsify_weights(addition, STAGES, out=tmp_path)
+    assert same(parameters(done.model), wanted)
+    monkeypatch.setattr(verb, "distil_", None)
+    monkeypatch.setattr(verb, "quantize_", None)
+    again = sparsify_weights(addition, STAGES, out=tmp_path)
+    assert same(parameters(again.model), wanted)
+    assert again.finished
+
+
+@pytest.mark.matches
+def test_a_saved_run_goes_on_with_more_stages_and_finds_its_own_teacher(addition, tmp_path):
+    first = sparsify_weights(addition, PRUNE, out=tmp_path / "a")
+    second = sparsify_weights(fe.load(tmp_path / "a"), [DISTIL, STAGES[2]], out=tmp_path / "b")
+    assert second.stages == STAGES
+    assert same(parameters(second.model), parameters(sparsify_weights(addition, STAGES).model))
+    assert same(parameters(first.model), parameters(fe.load(tmp_path / "a").model))
+
+
+@pytest.mark.survives
+def test_a_folder_of_another_run_is_refused(addition, tmp_path):
+    sparsify_weights(addition, [fe.Prune(method="magnitude")], out=tmp_path)
+    for other in ([PRUNE], [fe.Quantize()]):
+        with pytest.raises(StoreError, match="it holds other stages"):
+            sparsify_weights(addition, other, out=tmp_path)
+    changed = twin(addition)  # in memory; on disk under that name lie the old weights
+    changed.model.transformer.ln_f.weight.data.mul_(2)
+    with pytest.raises(StoreError, match="made from another model"):
+        sparsify_weights(changed, [fe.Prune(method="magnitude")], out=tmp_path)
+    text = tmp_path / "sums.txt"
+    text.write_text("29+19=048" * 100)
+    recipe = fe.Prune(method="wanda", calibration_windows=4, context_length=9)
+    sparsify_weights(addition, recipe, data=str(text), out=tmp_path / "b")
+    with pytest.raises(StoreError, match=r"it read .*sums.txt"):
+        sparsify_weights(addition, recipe, out=tmp_path / "b")
+
+
+@pytest.mark.survives
+def test_what_the_verb_cannot_do_is_refused(addition, tmp_path):
+    for recipe in (fe.Rewire(), fe.Tickets()):
+        with pytest.raises(RecipeError, match="trains from random weights"):
+            sparsify(addition, recipe)
+    for wrong in ([], [fe.SparseAttention()], "wanda"):
+        with pytest.raises(RecipeError, match="stage"):
+            sparsify_weights(addition, wrong)
+    with pytest.raises(ModelError, match="attention training would not hold their zeros"):
+        sparsify(sparsify(addition, fe.Prune(method="random")), fe.SparseAttention(steps=1))
+    with pytest.raises(RecipeError, match="to be run, not saved"):
+        sparsify(addition, fe.Quantize(backend="torchao"), out=tmp_path / "x")
+    sparse = sparsify(addition, fe.SparseAttention(steps=1, batch_size=8, context_length=10))
+    assert isinstance(sparse, fe.Sparse)
+    with pytest.raises(ModelError, match="gated attention"):
+        sparsify(sparse, PRUNE)
+    assert list(tmp_path.iterdir()) == []
