@@ -390,6 +390,13 @@ def is_same(stored, reference):
     return equal and shape == {s: set(n) for s, n in reference.tensors.items()} and stored.facts == reference.facts
 
 
+def overwrite(path, data):
+    """Write in place: ext4 flushes a file that was cut to nothing and rewritten, 40,000 times 2 ms on a busy disk."""
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+
+
 @pytest.mark.survives
 @pytest.mark.timeout(120)
 def test_20_000_mutated_files_are_refused_or_load_the_identical_content(tmp_path):
@@ -400,13 +407,13 @@ def test_20_000_mutated_files_are_refused_or_load_the_identical_content(tmp_path
     refused = accepted = 0
     for number in range(20_000):
         path = paths[number % 4]
-        path.write_bytes(mutated(whole[path], rng))
+        overwrite(path, mutated(whole[path], rng))
         try:
             assert is_same(store.load(folder, "thing"), reference), path.read_bytes()
             accepted += 1
         except StoreError:
             refused += 1
-        path.write_bytes(whole[path])
+        overwrite(path, whole[path])
     assert refused + accepted == 20_000
     assert refused > 19_000  # measured 19,981; the rest only changed white space or wrote a letter in another way
 

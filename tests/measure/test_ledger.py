@@ -47,6 +47,10 @@ def test_a_control_has_as_many_entries_in_every_matrix_and_as_many_bytes(runs, a
         assert {n: c.bits for n, c in other.rounded.items()} == {n: c.bits for n, c in run.rounded.items()}
         assert torch.isfinite(other.model(Sums().at(0, 2).tokens).logits).all()
         assert counting._sizes(other)["bytes"] == counting._sizes(run)["bytes"] or name in ("2:4", "8x8", "joint")
+        if name == "8x8":
+            for pattern in other.masks.patterns.values():
+                cells = pattern.mask().unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))
+                assert torch.equal(cells.all(-1).all(-2), cells.any(-1).any(-2))
         if name == "2:4":
             zeros = torch.cat([m.weight.flatten() for m in matrices_of(other.loaded).values()]) == 0
             assert (zeros.unflatten(0, (-1, 4)).sum(-1) == 2).all()
