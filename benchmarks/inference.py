@@ -1,8 +1,8 @@
 """Hard-gated prefill and decoding against torch's attention: right on this GPU, and when does it win?
 
     python benchmarks/inference.py out.csv                           # errors, then times, written to out.csv
-    python benchmarks/inference.py out.csv --tiles                   # first try tile shapes, time with the best
-    python benchmarks/inference.py out.csv --dump qkv.safetensors    # also real tensors (scripts/dump_qkv.py)
+    python benchmarks/inference.py out.csv --parts tiles prefill     # try tile shapes, time with the best
+    python benchmarks/inference.py out.csv --dump qkv.safetensors    # first real tensors (scripts/dump_qkv.py)
 
 Times by CUDA events as in benchmarks/attention.py (cold L2, at least 30 runs); the decoding runs are replayed
 as CUDA graphs, ours and torch's alike, or launching would be all one sees. Synthetic inputs: "scattered", scores
@@ -11,7 +11,6 @@ same keys (the best); the rate of open gates stands in the name. `fused` is the 
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from attention import fused, measure, row
+from attention import fused, measure, row, write_rows
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,22 +64,26 @@ DECODE_WALKS = [Walk(16, n, 0, w, s) for n in (32, 64, 128) for w in (2, 4) for 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
-    parser.add_argument("--tiles", action="store_true", help="time tile shapes, use the fastest")
+    parser.add_argument("--parts", nargs="+", default=["check", "dump", "prefill", "decode"], help="also: tiles")
     parser.add_argument("--dump", type=Path, help="tensors written by scripts/dump_qkv.py")
     parser.add_argument("--repeats", type=int, default=50)
     options = parser.parse_args()
     with torch.no_grad():
-        worst = check()
-        if options.tiles:
+        worst = check() if "check" in options.parts else 0.0
+        if "tiles" in options.parts:
             choose_walks()
-        rows = list(time_prefill(options.repeats)) + list(time_decode(options.repeats))
-        if options.dump:
-            rows += list(time_dump(options.dump, options.repeats))
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(options.csv, times(options))
     sys.exit(0 if worst < 3 else f"the kernel is {worst:.1f} times as wrong as gate.py in the same dtype")
+
+
+def times(options: argparse.Namespace) -> Iterator[dict]:
+    """The rows that were asked for."""
+    if "dump" in options.parts and options.dump:
+        yield from time_dump(options.dump, options.repeats)
+    if "prefill" in options.parts:
+        yield from time_prefill(options.repeats)
+    if "decode" in options.parts:
+        yield from time_decode(options.repeats)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,20 +199,27 @@ def time_decode(repeats: int) -> Iterator[dict]:
 
 
 def time_dump(path: Path, repeats: int) -> Iterator[dict]:
-    """Real tensors: prefill as it was, and decoding of the last query."""
+    """Real tensors, and their first 1024, 2048, ... tokens: prefill as it was, and decoding of the last query."""
     with safe_open(path, "pt", device="cuda") as file:
         facts = json.loads(file.metadata()["facts"])
         for layer in facts["layers"]:
-            tensors = [file.get_tensor(f"layer.{layer}.{n}") for n in ("query", "key", "value", "bias")]
-            shape = f"layer {layer} T{facts['length']}"
-            edges = hard_gated_attention(*tensors, scaling=facts["scaling"]).open.mean().item()
-            shape += f" {edges:.2f} edges"
-            yield from dense(f"prefill {shape}", tensors, True, repeats, lambda run: run)
-            for way in WAYS:
-                yield row(way, f"prefill {shape}", hard(tensors, way, facts["scaling"]), repeats)
-            last = [tensors[0][:, :, -1:], *tensors[1:]]
-            yield from dense(f"decode {shape}", last, False, repeats, graphed)
-            yield row("hard", f"decode {shape}", graphed(hard(last, "gather", facts["scaling"])), repeats)
+            whole = [file.get_tensor(f"layer.{layer}.{n}") for n in ("query", "key", "value", "bias")]
+            for length in sorted({min(2**n, facts["length"]) for n in range(10, 15)}):
+                yield from time_real(layer, whole, length, facts["scaling"], repeats)
+
+
+def time_real(layer: int, whole: list[Tensor], length: int, scaling: float, repeats: int) -> Iterator[dict]:
+    """One layer at one length; attention is causal, so the first tokens are what a shorter text would give."""
+    *qkv, bias = whole
+    tensors = [x[:, :, :length] for x in qkv] + [bias[..., :length] if bias.dim() == 3 else bias]
+    edges = hard_gated_attention(*tensors, scaling=scaling).open.mean().item()
+    shape = f"layer {layer} T{length} {edges:.2f} edges"
+    yield from dense(f"prefill {shape}", tensors, True, repeats, lambda run: run)
+    for way in WAYS:
+        yield row(way, f"prefill {shape}", hard(tensors, way, scaling), repeats)
+    last = [tensors[0][:, :, -1:], *tensors[1:]]
+    yield from dense(f"decode {shape}", last, False, repeats, graphed)
+    yield row("hard", f"decode {shape}", graphed(hard(last, "gather", scaling)), repeats)
 
 
 def graphed(run: Callable[[], None]) -> Callable[[], None]:
@@ -234,8 +244,7 @@ def graphed(run: Callable[[], None]) -> Callable[[], None]:
 def choose_walks() -> None:
     """Leave the fastest shapes of width 64 and 16 bits in PREFILL (for gather) and DECODE; print all."""
     long, step = scattered(1, 9, 3, 16384, 16384, 64, 0.001), scattered(32, 9, 3, 1, 16384, 64, 0.001)
-    for way in reversed(WAYS):
-        best(inference.PREFILL, (64, 2), PREFILL_WALKS, f"prefill {way}", hard(long, way))
+    best(inference.PREFILL, (64, 2), PREFILL_WALKS, "prefill gather", hard(long, "gather"))
     for span in (1024, 2048, 4096):
         inference.SPAN = span
         print("span", span, statistics.median(measure(hard(long, "gather"), 20)[0]))

@@ -29,7 +29,7 @@ def dump(sparse, tokens, layers):
         if module.layer_idx in layers:
             bias = key_bias(module.gate_bias, getattr(module, "gate_query", None), key, scaling).float()
             found = {"query": query.bfloat16(), "key": key.bfloat16(), "value": value.bfloat16(), "bias": bias}
-            tensors.update({f"layer.{module.layer_idx}.{n}": x.contiguous().clone() for n, x in found.items()})
+            tensors.update({f"layer.{module.layer_idx}.{n}": x.contiguous().cpu().clone() for n, x in found.items()})
             scales.add(scaling)
         return gated_forward(module, query, key, value, mask, scaling=scaling, **rest)
 
@@ -46,13 +46,14 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 27])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sparse = fe.load(args.run)
+    sparse = fe.load(args.run, device=args.device)
     assert not isinstance(sparse, Loaded), "a sparse run"
     text = read_text(args.data, sparse.tokenizer, context_length=args.length)
-    tokens = torch.from_numpy(text.stream[: args.length].astype("int64"))[None]
+    tokens = torch.from_numpy(text.stream[: args.length].astype("int64"))[None].to(args.device)
     tensors, scaling = dump(sparse, tokens, set(args.layers))
     facts = {"scaling": scaling, "layers": args.layers, "length": args.length, "run": args.run}
     save_file(tensors, args.out, {"facts": json.dumps(facts)})

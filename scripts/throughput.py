@@ -3,16 +3,16 @@
 `graph` is the fused kernel with each step replayed as one CUDA graph; `compiled` the same with compiled layers;
 `query` the same with gate queries.
 
-    python scripts/throughput.py --device cuda --out results/throughput.json
+    python scripts/throughput.py --device cuda --out results/throughput.csv
 
-Protocol: 5 warm-up steps, then 15 timed ones one by one, host clock around synchronised steps, T = 512, LoRA
-rank 32, bf16, KL to the dense model included; median tokens/s.
+Protocol: 5 warm-up steps, then 40 timed ones one by one, host clock around synchronised steps, T = 512, LoRA
+rank 32, bf16, KL to the dense model included; p20, p50, p80 in ms, tokens/s by the median.
 """
 
 import argparse
+import csv
 import dataclasses
 import itertools
-import json
 import statistics
 import time
 import traceback
@@ -32,6 +32,10 @@ SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+WARM = 5
+WAYS = ("reference:16", "triton:16", "graph:16", "compiled:16", "query:16")
 
 
 class Noise:
@@ -56,7 +60,7 @@ def random_model(device, layers=30):
 
 
 def throughput(dense, recipe):
-    """Median tokens/s and peak memory of single steps after five."""
+    """Quantiles of single steps after five in ms, tokens/s by the median, peak memory."""
     marks = []
 
     def mark(_):
@@ -64,44 +68,56 @@ def throughput(dense, recipe):
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     post_train(dense, recipe, Noise(), watch=mark)
-    spans = [b - a for a, b in itertools.pairwise(marks[5:])]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    return {"tokens_per_second": recipe.tokens_per_step / statistics.median(spans), "peak_gib": peak}
+    spans = [1e3 * (b - a) for a, b in itertools.pairwise(marks[WARM:])]
+    low, middle, high = (statistics.quantiles(spans, n=10)[i] for i in (1, 4, 7))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
+    quantiles = {"ms_p20": f"{low:.2f}", "ms_p50": f"{middle:.2f}", "ms_p80": f"{high:.2f}", "peak_mib": f"{peak:.0f}"}
+    rate = 1e3 * recipe.tokens_per_step / statistics.median(spans)
+    return {**quantiles, "runs": len(spans), "tokens_per_second": f"{rate:.0f}"}
+
+
+def kind(base, what):
+    """The recipe that a name like `compiled:16` stands for."""
+    how, batch = what.split(":")
+    graph, compiled = how in ("graph", "compiled", "query"), how in ("compiled", "query")
+    kernel = "reference" if how == "reference" else "triton"
+    changes = {"kernel": kernel, "graph": graph, "compiled": compiled, "gate_query": how == "query"}
+    return dataclasses.replace(base, batch_size=int(batch), **changes)
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
-        "--what",
-        nargs="*",
-        default=["reference:16", "triton:16", "graph:16", "graph:32", "compiled:16", "compiled:32", "query:32"],
-    )
+    parser.add_argument("--steps", type=int, default=WARM + 40)
+    parser.add_argument("--what", nargs="*", default=list(WAYS))
     args = parser.parse_args()
     dense = random_model(args.device, args.layers)
     base = SparseAttention(
         train="lora", learning_rate=1e-3, lora_rank=32, steps=args.steps, log_every=1, precision="bf16"
     )
-    rows = []
+    versions = store.versions()
+    facts = {"device": store.device_name(args.device), "torch": f"{versions['torch']} triton {versions['triton']}"}
     for what in args.what:
-        how, batch = what.split(":")
-        kernel = "reference" if how == "reference" else "triton"
-        graph, compiled = how in ("graph", "compiled", "query"), how in ("compiled", "query")
-        recipe = dataclasses.replace(
-            base, kernel=kernel, graph=graph, compiled=compiled, gate_query=how == "query", batch_size=int(batch)
-        )
+        row = {"what": what, "shape": f"SmolLM2-135M T512 layers {args.layers}", "dtype": "bfloat16", **facts}
         try:
-            rows.append({"how": how, "batch": int(batch), **throughput(dense, recipe)})
+            row |= throughput(dense, kind(base, what))
         except Exception as error:
             traceback.print_exc()
-            rows.append({"how": how, "batch": int(batch), "error": f"{type(error).__name__}: {error}"})
-        print(rows[-1], flush=True)
-    facts = {"device": store.device_name(args.device), "versions": store.versions()}
-    args.out.write_text(json.dumps({"rows": rows, **facts}, indent=1))
+            print(what, "left out:", f"{type(error).__name__}: {error}"[:200], flush=True)
+            continue
+        print(row, flush=True)
+        fresh = not args.out.exists()
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
 
 
 if __name__ == "__main__":
