@@ -4,8 +4,8 @@
 
 Protocol: OlmoConfig() of transformers (allenai/OLMo-7B: 32 layers, 32 heads, width 4096), random weights in bf16 (the
 real ones are not at hand; nothing here depends on their values), LoRA rank 32 on all linear layers, T = 1024, KL to the
-dense model, the fused kernel; 3 warm-up steps, then 30 timed ones; p20, p50, p80 of a step in ms, tokens/s by the median,
-peak memory by torch.
+dense model, the fused kernel; 3 warm-up steps, then 30 timed ones; p20, p50, p80 of a step in ms, tokens/s by the
+median, peak memory by torch.
 """
 
 import argparse

@@ -37,5 +37,26 @@ def smollm2() -> str:
     return "\n".join(lines)
 
 
+def headline() -> str:
+    """Dense, control and sparse of results/smollm2-1024, two seeds of each leg."""
+    read = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "smollm2-1024").glob("*-seed-?.json")}
+    first = read["headline-seed-0"]
+    rows = [("dense", first, "dense")]
+    rows += [(f"control, seed {seed}", read[f"headline-seed-{seed}"], "control") for seed in (0, 1)]
+    for leg, name in (("headline", "sparse"), ("sparser", "sparser")):
+        rows += [(f"{name}, seed {seed}", read[f"{leg}-seed-{seed}"], "sparse") for seed in (0, 1)]
+    head = ["", "edges per query per head", "density", f"cross-entropy, validation ({first['tokens']:,} tokens)", "KL"]
+    head += [f"cross-entropy, WikiText-2 test ({first['wikitext2']['tokens']:,} tokens)", "KL", "BLiMP", "IOI"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, report, label in rows:
+        row, wiki = report[label], report["wikitext2"][label]
+        cells = [name, f"{row['edges_per_query_per_head']:.2f}", f"{row['density']:.3%}"]
+        for scored in (row, wiki):
+            cells += [f"{scored['cross_entropy']:.4f}", f"{scored['kl']:.3f}" if "kl" in scored else ""]
+        cells += [f"{report[task][label]['accuracy']:.1%}" for task in ("blimp", "ioi")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(addition(), smollm2(), sep="\n\n")
+    print(addition(), smollm2(), headline(), sep="\n\n")

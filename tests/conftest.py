@@ -10,10 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: two threads on a 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it when a test first imports it
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["data", "model", "measure"]
+CHECKED = ["data", "model", "measure", "explain"]
 WEIGHTS = "calibration distilling gradual lottery masks matrices obs pattern pruned pruning quantizing"
 CHECKED += [f"sparsify.{name}" for name in f"{WEIGHTS} recovery rewiring rounding schedule score select shrink".split()]
 CHECKED += [f"sparsify.attention.{name}" for name in "constraint gate interface result student training".split()]
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items):
         kinds = {mark.name for mark in item.iter_markers()} & KINDS
         if len(kinds) != 1:
             raise pytest.UsageError(f"{item.nodeid} has {len(kinds)} of the five kinds of test, not one")
+
+
+@pytest.fixture
+def as_users_call(monkeypatch):
+    """Without the checks of types and shapes that only tests have: what a user sees who passes the wrong thing."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

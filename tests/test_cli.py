@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 
 from fewedges import cli, demo
+from fewedges.data.addition import tokenizer
 from fewedges.errors import FewedgesError, Interrupted
+from fewedges.explain.positions import read_token_edges
 from fewedges.recipes import SparseAttention, read_recipe, write_recipe
+from tiny import tiny_model
 
 QUICK = ["--steps", "5", "--batch-size", "16", "--context-length", "10", "--log-every", "1", "--warmup-steps", "0"]
 SUMS = "29+19=048" + "43+45=088" * 20
-VERBS = ("demo", "get", "info", "sparsify", "measure", "draw", "explain")
+VERBS = ("demo", "get", "info", "sparsify", "measure", "draw", "explain", "hardware")
 
 
 @pytest.fixture(scope="session")
@@ -345,6 +348,27 @@ def test_a_dense_model_can_be_measured_alone_or_through_constant_gates(tmp_path,
     assert json.loads(capsys.readouterr().out)["sparse"]["kl"] > 0.01
 
 
+@pytest.mark.says
+def test_a_published_sparse_checkpoint_is_measured_through_its_gates(tmp_path, capsys):
+    """The path of `fewedges measure flodraye/sparse-olmo7b --gate-bias 0`: an OlmoForCausalLM with gates score > 0."""
+    tiny_model("olmo").save_pretrained(tmp_path / "olmo")
+    tokenizer().save_pretrained(tmp_path / "olmo")
+    (tmp_path / "sums.txt").write_text(SUMS)
+    words = [
+        "measure",
+        str(tmp_path / "olmo"),
+        "--data",
+        str(tmp_path / "sums.txt"),
+        "--context-length",
+        "16",
+        "--json",
+    ]
+    assert cli.main([*words, "--gate-bias", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["sparse"]["edges_per_query_per_head"] < found["dense"]["edges_per_query_per_head"] == 8.5
+    assert found["sparse"]["kl"] > 0.01
+
+
 @pytest.mark.survives
 @pytest.mark.parametrize("content", ["Hello, world, hello", "29+19=048\n", "12", ""], ids=repr)
 def test_text_that_addition_cannot_read_is_a_clear_error(run, tmp_path, capsys, content):
@@ -418,3 +442,16 @@ def test_hiding_the_first_token_leaves_out_just_the_edges_of_later_queries_to_it
     assert gone.sum() == 2 * 3 * 3
     assert (shown.weights == opened / 4 * shown.open).all()
     assert opened.sum() == 2 * 3 * 10  # what was given is left alone
+
+
+@pytest.mark.says
+def test_explain_writes_which_token_reads_which(tmp_path, capsys):
+    words = ["explain", "addition", "--task", "addition", "--count", "8", "--points", "3", "--samples", "5"]
+    words += ["--no-controls", "--no-complements", "--positions"]
+    assert cli.main(words) in (1, 2)
+    assert "--out FOLDER" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert str(tmp_path / "maps-addition-light.svg") in capsys.readouterr().out
+    found = read_token_edges(tmp_path / "positions-addition-dense.json")
+    assert len(found.edges) > 0
+    assert {edge[0] for edge in found.edges.tolist()} <= set(range(8))

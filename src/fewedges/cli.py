@@ -16,8 +16,9 @@ import tyro
 
 from fewedges.choosing import Method, sparsify_verb
 from fewedges.errors import FewedgesError, Interrupted, RecipeError
-from fewedges.progress import Progress
+from fewedges.progress import Progress, print_table
 from fewedges.recipes import CircuitSearch, SparseAttention, to_dict
+from fewedges.timing import hardware
 
 Model = Annotated[str, tyro.conf.Positional]
 Settings = Annotated[SparseAttention, tyro.conf.arg(name="")]
@@ -194,7 +195,7 @@ def measure(
     report = measured(what, data, protocol, pairs=pairs)
     if out is not None:
         report.save(out)
-    print(report.json()) if json else _print_table(report)
+    print(report.json()) if json else print_table(report)
 
 
 def draw(
@@ -240,6 +241,7 @@ def explain(
     task: str = "ioi",
     out: Path | None = None,
     settings: Search = SEARCH,
+    positions: bool = False,
     theme: Literal["light", "dark"] = "light",
     device: str = "cpu",
     json: bool = False,
@@ -253,6 +255,7 @@ def explain(
         task: ioi, ioi_long, greater_than, docstring, addition, induction, or a csv or jsonl file of prompts.
         out: Folder for circuits-TASK.json and the pictures; default: nothing is written.
         settings: How circuits are searched and measured.
+        positions: With --out: also which token reads which in the circuit's heads, and their attention maps.
         theme: Light or dark background.
         device: cpu or cuda.
         json: Print one json object.
@@ -264,18 +267,22 @@ def explain(
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    found = explained(_attended(load(run, device=device)), task, settings, watch=tell)
+    what = _attended(load(run, device=device))
+    if positions and out is None:
+        raise RecipeError("explain --positions", "no --out to write to", "--out FOLDER")
+    found = explained(what, task, settings, watch=tell)
     files = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         files = [found.save(out / f"circuits-{Path(task).stem}.json")]
         files += draw_explained([found], out, name=Path(task).stem, theme=theme)
+        files += _positions(what, found, task, settings, out, theme) if positions else []
     _print_json(found.to_dict()) if json else print(found, *files, sep="\n")
 
 
 VERBS = {
     **{"demo": demo, "get": get, "info": info, "sparsify": sparsify},
-    **{"measure": measure, "draw": draw, "explain": explain},
+    **{"measure": measure, "draw": draw, "explain": explain, "hardware": hardware},
 }
 
 
@@ -330,19 +337,21 @@ def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, t
     return save(training_curve(known, title=f"Sparse {dense.name}", theme=theme), out / "curve")
 
 
-def _print_table(report: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _positions(what: Any, found: Any, task: str, settings: CircuitSearch, out: Path, theme: str) -> list[Path]:
+    """Write the token edges of the circuit's heads, dense and sparse, and the maps of the first prompt."""
+    from fewedges.explain.positions import token_edges
+    from fewedges.explain.tasks import prompts_for
+    from fewedges.measure.report import models_of
+    from fewedges.pictures import draw_positions
 
-    from fewedges.measure.report import table
-
-    console = Console()
-    for header, rows in report.tables() if hasattr(report, "tables") else [table(report)]:
-        grid = Table(*header)
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
-    console.print(report.protocol())
+    models = {label: x for label, x in models_of(what).items() if label in ("dense", "sparse")}
+    prompts = prompts_for(task, models["dense"].tokenizer, min(settings.count, 16), settings.seed)
+    edges = {label: token_edges(x, prompts) for label, x in models.items()}
+    kept = found.circuits.get("sparse" if "sparse" in edges else "dense")
+    edges = {label: x.of_heads(kept) if kept else x for label, x in edges.items()}
+    stem = Path(task).stem
+    files = [x.strongest(1000).save(out / f"positions-{stem}-{label}.json") for label, x in edges.items()]
+    return files + draw_positions(what, edges, prompts.texts[0][0], out, name=stem, theme=theme)
 
 
 def _print_json(data: Any) -> None:

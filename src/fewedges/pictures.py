@@ -1,6 +1,7 @@
 """Results as pictures: what the verbs `draw`, `explain` and `demo` write. Computes nothing that it shows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,36 @@ def draw_explained(found: Sequence[Any], out: Path, *, name: str = "", theme: st
             figure = circuits(panels, title=one.task, theme=theme)
             files += save(figure, out / f"circuit-{task}{end}")
     return files
+
+
+def draw_positions(
+    what: Any, found: dict[str, Any], prompt: str, out: Path, *, count: int = 5, name: str = "", theme: str = "light"
+) -> list[Path]:
+    """Write the attention maps of the heads that carry most, sparse above dense, with what carries the task marked.
+
+    `found` holds the token edges of each model (TokenEdges), `prompt` the text of their first prompt.
+    """
+    from fewedges.draw import panels, save
+    from fewedges.draw.maps import HeadMaps, maps
+    from fewedges.measure.attention import attention
+
+    seen = attention(what, prompt)
+    labels = [label for label in ("sparse", "dense") if label in found]
+    chosen = list(found[labels[0]].heads())[:count]
+    rows = []
+    for label in labels:
+        model = found[label].model
+        title = f"Sparse {model}" if label == "sparse" else f"{model} (baseline)"
+        rows.append(_maps(HeadMaps, replace(*panels({label: seen[label]}), title=title), found[label], chosen))
+    return save(maps(rows, theme=theme), out / f"maps{'-' if name else ''}{name}-{theme}")
+
+
+def _maps(make: Any, panel: Any, found: Any, chosen: list[str]) -> Any:
+    marked, notes = found.carrying(0, chosen), {}
+    for one in marked.values():
+        line = f"{one.query} reads {one.key} {one.score:+.2f}".replace("-", "\u2212")
+        notes.setdefault(one.head, []).append(line)
+    return make(panel=panel, heads=chosen, marks={at: one.score for at, one in marked.items()}, notes=notes)
 
 
 def _effects(found: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A progress bar with the numbers that matter."""
+"""What a terminal shows: a progress bar with the numbers that matter, and tables."""
 
 import sys
 from typing import Any
@@ -40,3 +40,19 @@ def _line(record: dict[str, Any]) -> str:
         ]
     left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
     return "  ".join([*parts, f"{record['tokens_per_second']:,} tokens/s", f"{left:.0f} s left"])
+
+
+def print_table(report: Any) -> None:
+    """Print a result's tables (a Report has one), and under them the protocol."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fewedges.measure.report import table
+
+    console = Console()
+    for header, rows in report.tables() if hasattr(report, "tables") else [table(report)]:
+        grid = Table(*header)
+        for row in rows:
+            grid.add_row(*row)
+        console.print(grid)
+    console.print(report.protocol())

@@ -100,7 +100,7 @@ class SparseAttention:
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimiser stay float32."""
-    saved: Literal["float32", "bfloat16"] = "float32"
+    saved: Literal["float32", "bfloat16", "int8"] = "float32"
     """Number format of the trained weights on disk (what is loaded back is what was saved)."""
     kernel: Literal["reference", "triton"] = "reference"
     """Who computes gated attention: plain PyTorch, or the fused kernel (GPU)."""

@@ -234,6 +234,7 @@ def test_gim_attention_has_the_gradients_of_its_rules():
 
 
 @pytest.mark.says
+@pytest.mark.usefixtures("as_users_call")
 def test_bad_requests_say_what_would_be_good(wired):
     wiring, prompts = wired("gpt2"), random_prompts()
     for options in ({"method": "acdc"}, {"steps": 0}, {"rule": "right"}):

@@ -60,7 +60,7 @@ def test_edges_at_a_level_are_interpolated_on_the_log_axis():
     assert found.edges_at(0.6) == pytest.approx(10**1.5)
     assert found.edges_at(0.0) == 1
     assert found.edges_at(1.01) == float("inf")
-    assert (found.index_at(0.9), found.index_at(2)) == (3, None)
+    assert (found.index_at(0.9), found.index_at(2.0)) == (3, None)
     assert made([0.2, 1.0, 0.5], [1, 10, 100]).edges_at(0.9) < 10  # the first crossing counts
 
 

@@ -70,6 +70,7 @@ def test_budgets_are_log_spaced_and_those_of_mib_are_its_percentages():
 
 
 @pytest.mark.says
+@pytest.mark.usefixtures("as_users_call")
 def test_bad_rankings_and_budgets_are_refused():
     graph = Graph(layers=1, heads=1, key_readers=1)
     good = np.zeros(graph.real.shape)

@@ -221,6 +221,7 @@ def test_a_failing_pass_leaves_the_model_as_it_was(wired):
 
 
 @pytest.mark.says
+@pytest.mark.usefixtures("as_users_call")
 def test_bad_requests_say_what_would_be_good(wired):
     wiring, prompts = wired("gpt2"), random_prompts()
     real = wiring.graph.real

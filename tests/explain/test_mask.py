@@ -56,7 +56,7 @@ def test_learning_is_a_function_of_its_seed(wired):
 
 
 @pytest.mark.says
-@pytest.mark.parametrize("bad", [{"density": 0}, {"density": 1.0}, {"steps": 0}, {"rate": 0}])
+@pytest.mark.parametrize("bad", [{"density": 0.0}, {"density": 1.0}, {"steps": 0}, {"rate": 0.0}])
 def test_values_out_of_range_are_refused(bad, wired):
     with pytest.raises(RecipeError, match="learn_mask"):
         learn_mask(wired("gpt2"), random_prompts(), **bad)

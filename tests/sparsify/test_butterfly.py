@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewedges.errors import RecipeError
+from fewedges.errors import ModelError, RecipeError
 from fewedges.sparsify.butterfly import (
     GatheredCells,
     PixelatedLinear,
@@ -181,6 +181,30 @@ def test_a_layer_is_its_plan_and_its_state_dict():
     stored = sum(p.numel() for n, p in first.named_parameters() if n not in ("bias", "gamma"))
     assert stored == plan.parameters(48, 32) == first.flops(1) // 2
     assert set(first.state_dict()) == {"sparse.weight", "low.up", "low.down", "gamma", "bias"}
+
+
+@pytest.mark.stays
+def test_a_single_vector_and_no_vector_are_inputs_too():
+    layer = PixelatedLinear(32, 48, Plan(8, 2, 4))
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=0, atol=5e-7)  # measured 1.2e-7
+    assert layer(x[:0]).shape == (0, 48)
+
+
+@pytest.mark.says
+def test_the_kernel_is_chosen_and_never_silently_another(monkeypatch):
+    """By the layer, at any time; it is no part of the state. A low rank alone has no use for one."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layer, x = PixelatedLinear(32, 64, Plan(8, 2, 4), kernel="triton"), torch.randn(3, 32)
+    with pytest.raises(ModelError, match="not on a GPU"):
+        layer(x)
+    state = layer.state_dict()
+    layer.kernel = "reference"
+    assert layer(x).shape == (3, 64)
+    assert state.keys() == layer.state_dict().keys()
+    assert PixelatedLinear(32, 48, Plan(0, 0, 4), kernel="triton")(x).shape == (3, 48)
+    with pytest.raises(RecipeError, match="reference or triton"):
+        PixelatedLinear(32, 48, Plan(8, 2, 4), kernel="bmm")
 
 
 @pytest.mark.survives

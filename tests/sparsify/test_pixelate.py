@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewedges.errors import RecipeError
+from fewedges import store
+from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.model.anatomy import anatomy
 from fewedges.model.probes import check
 from fewedges.sparsify.butterfly import PixelatedLinear, Plan
 from fewedges.sparsify.distilling import losses
 from fewedges.sparsify.matrices import matrices_of
-from fewedges.sparsify.pixelate import layer_densities, pixelate_, plan_for
+from fewedges.sparsify.pixelate import layer_densities, load_pixelated_, pixelate_, plan_for, use_kernel_
 from tiny import SUPPORTED, NoiseBatches, tiny_loaded, tiny_model
 
 WHOLE = Plan(2, 1, 0)
@@ -100,6 +101,53 @@ def test_the_plans_and_the_state_dict_give_the_model_back():
     assert torch.equal(logits(first.model, given), logits(second.model, given))
 
 
+@pytest.mark.reproduces
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2", "gpt-neox"])
+def test_what_is_loaded_is_what_was_saved(name, tmp_path):
+    first, second = tiny_loaded(name), tiny_loaded(name, seed=1)
+    result = pixelate_(first, 0.4, block=4)
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)  # as if trained since
+    again = load_pixelated_(result.save(tmp_path, first), second.model)
+    assert (again.plans, again.shapes, again.errors) == (result.plans, result.shapes, result.errors)
+    given = NoiseBatches().at(0, 2).tokens
+    assert torch.equal(logits(first.model, given), logits(second.model, given))
+    assert again.save(tmp_path / "twice", second.model) == tmp_path / "twice"
+    assert store.load(tmp_path / "twice").facts["plans"] == store.load(tmp_path).facts["plans"]
+
+
+@pytest.mark.survives
+def test_a_folder_that_does_not_fit_leaves_the_model_alone(tmp_path):
+    loaded = tiny_loaded("llama")
+    result = pixelate_(loaded, 0.4, block=4, keep_dense=("o_proj",))
+    with pytest.raises(ModelError, match="is not pixelated there"):
+        result.save(tmp_path, tiny_loaded("llama"))
+    result.save(tmp_path, loaded)
+    for name in ("qwen2", "gpt2"):
+        other = tiny_loaded(name)
+        with pytest.raises(StoreError, match=r"another architecture.*LlamaForCausalLM"):
+            load_pixelated_(tmp_path, other)
+        assert not any(isinstance(m, PixelatedLinear) for m in other.model.modules())
+    saved = store.load(tmp_path)
+    store.save(tmp_path / "bad", saved.kind, saved.tensors, saved.facts | {"plans": {"model.layers.0": {"grid": 2}}})
+    with pytest.raises(StoreError, match="plans cannot be used"):
+        load_pixelated_(tmp_path / "bad", tiny_loaded("llama"))
+
+
+@pytest.mark.stays
+def test_the_kernel_reaches_every_layer(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    loaded, given = tiny_loaded("llama"), NoiseBatches().at(0, 2).tokens
+    pixelate_(loaded, 0.4, block=4, tokens=given, kernel="triton")
+    layers = [m for m in loaded.model.modules() if isinstance(m, PixelatedLinear)]
+    assert {layer.kernel for layer in layers} == {"triton"}
+    with pytest.raises(ModelError, match="not on a GPU"):
+        logits(loaded.model, given)
+    assert use_kernel_(loaded.model, "reference") == len(layers) == 14
+    assert logits(loaded.model, given).isfinite().all()
+
+
 @pytest.mark.stays
 def test_inputs_help_and_distillation_recovers():
     """KL to the dense model: projection by weights, by inputs, then trained on 60 batches."""
@@ -184,6 +232,7 @@ def test_shares_split_the_budget_between_attention_and_mlp():
         ({"plans": {"model.layers.0": WHOLE}}, "plans"),
         ({"start": "scratch", "tokens": torch.ones(1, 4, dtype=torch.long)}, "tokens"),
         ({"start": "magic"}, "magic"),
+        ({"kernel": "bmm"}, "bmm"),
     ],
 )
 def test_what_cannot_be_done_leaves_the_model_alone(options, message):

@@ -6,7 +6,9 @@ save(figure, "runs/addition/connectivity")  # .svg and .png
 
 from fewedges.draw.circuit import CircuitPicture, circuits
 from fewedges.draw.connectivity import connectivity
+from fewedges.draw.covered import Covered, covered
 from fewedges.draw.curve import Curve, Effects, explained_effect
+from fewedges.draw.hardware import speedups
 from fewedges.draw.heads import heads
 from fewedges.draw.lines import training_curve
 from fewedges.draw.panel import Panel, panels
@@ -15,15 +17,18 @@ from fewedges.draw.theme import THEMES, Theme, save
 __all__ = [
     "THEMES",
     "CircuitPicture",
+    "Covered",
     "Curve",
     "Effects",
     "Panel",
     "Theme",
     "circuits",
     "connectivity",
+    "covered",
     "explained_effect",
     "heads",
     "panels",
     "save",
+    "speedups",
     "training_curve",
 ]

@@ -55,7 +55,7 @@ class Measured:
 def evaluate(
     wiring: Wiring,
     prompts: Prompts,
-    masks: Bool[np.ndarray, "K J I"],
+    masks: Bool[np.ndarray, "K J I"] | Float[np.ndarray, "K J I"],
     *,
     ablation: Ablation = "counterfactual",
     reference: Prompts | None = None,
@@ -85,7 +85,7 @@ def evaluate(
     return Measured(**joined)
 
 
-def as_masks(wiring: Wiring, masks: Bool[np.ndarray, "K J I"]) -> Float[Tensor, "K J I"]:
+def as_masks(wiring: Wiring, masks: Bool[np.ndarray, "K J I"] | Float[np.ndarray, "K J I"]) -> Float[Tensor, "K J I"]:
     """Masks as the model's own kind of tensor, 0 outside the graph."""
     return torch.from_numpy(masks * wiring.graph.real).to(wiring.device, wiring.dtype)
 

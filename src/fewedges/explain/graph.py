@@ -142,7 +142,7 @@ class Graph:
                     feeds[self.reader(layer, role, index), self.head(layer, head)] = True
         return feeds
 
-    def name(self, source: int, destination: int) -> str:
+    def name(self, source: int | np.integer, destination: int | np.integer) -> str:
         """`src->dst` of an edge."""
         return f"{self.source_names[source]}->{self.destination_names[destination]}"
 

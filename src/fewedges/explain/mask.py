@@ -109,7 +109,7 @@ def hard_concrete(scores: Float[Tensor, "J I"], generator: torch.Generator) -> F
     return (soft * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def expected_open(scores: Float[Tensor, "J I"]) -> Float[Tensor, "J I"]:
+def expected_open(scores: Float[Tensor, "*JI"]) -> Float[Tensor, "*JI"]:
     """The probability that a gate is not 0."""
     return torch.sigmoid(scores - BETA * math.log(-LOW / HIGH))
 

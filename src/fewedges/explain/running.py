@@ -34,12 +34,12 @@ MEMORY = 2**29
 class Written:
     """What every source wrote in one run, or is to be ablated to; dimensions B and T may be 1 where all are alike."""
 
-    input: Float[Tensor, "B T D"]
+    input: Float[Tensor, "#B #T D"]
     """The residual stream before layer 0: embedding and positions."""
-    heads: list[Float[Tensor, "B T HE"]]
+    heads: list[Float[Tensor, "#B #T HE"]]
     """Per layer, the head outputs in front of the output projection."""
-    mlps: list[Float[Tensor, "B T D"]]
-    logits: Float[Tensor, "B V"] | None = None
+    mlps: list[Float[Tensor, "#B #T D"]]
+    logits: Float[Tensor, "#B V"] | None = None
     """At the `last` position of each prompt."""
 
 
@@ -136,13 +136,13 @@ class Stream:
         self.differences: Tensor = room
         self.written = 0
 
-    def add(self, values: Float[Tensor, "KB T D"], ablated: Float[Tensor, "B T D"]) -> None:
+    def add(self, values: Float[Tensor, "*KBT D"], ablated: Float[Tensor, "B T D"]) -> None:
         """One source (input or MLP) has written."""
         target = self.differences[:, self.written].view(self.circuits, *self.ablated.shape, -1)
         torch.sub(values.view_as(target), ablated, out=target)
         self.written += 1
 
-    def add_heads(self, block: Block, outputs: Float[Tensor, "KB T HE"], ablated: Float[Tensor, "B T HE"]) -> None:
+    def add_heads(self, block: Block, outputs: Float[Tensor, "*KBT HE"], ablated: Float[Tensor, "B T HE"]) -> None:
         """All heads of a layer have written."""
         count = block.weight.shape[0]
         changes = outputs.view(self.circuits, *self.ablated.shape, -1) - ablated

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fewedges.errors import RecipeError
+from fewedges.sparsify.cell_kernel import pixelated_product
+from fewedges.sparsify.launching import Kernel, choose_kernel
 from fewedges.sparsify.pattern import Blocks, Pattern
 
 GAMMA = 0.5
@@ -111,12 +113,10 @@ class GatheredCells(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch R"]:
         """x B^T."""
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = _cast(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
-        return _GatheredProduct.apply(rows, weight, self.columns, self.sources).unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+        y: Any = _GatheredProduct.apply(rows, weight, self.columns, self.sources)
+        return y.view(*x.shape[:-1], y.shape[1])
 
     def dense(self) -> Float[Tensor, "R C"]:
         """The matrix with its zeros; differentiable."""
@@ -149,11 +149,16 @@ class LowRank(nn.Module):
 class PixelatedLinear(nn.Module):
     """A linear layer with W = gamma B + (1 - gamma) U V; with one term alone there is no gamma.
 
-    gamma is the paper's learned scalar (the public code gates by an input-dependent sigmoid instead).
+    gamma is the paper's learned scalar (the public code gates by an input-dependent sigmoid instead). `kernel`:
+    reference, batched products on any device, or triton, both terms and the bias in one kernel on a GPU. A low rank
+    alone is two dense products either way. It is no part of the state and may be set at any time.
     """
 
-    def __init__(self, in_features: int, out_features: int, plan: Plan, bias: bool = True):
+    def __init__(
+        self, in_features: int, out_features: int, plan: Plan, bias: bool = True, kernel: Kernel = "reference"
+    ):
         super().__init__()
+        self.kernel = choose_kernel(kernel)
         if not plan.grid and not plan.rank:
             raise RecipeError(f"a layer of {plan}", "it has no weights", "a grid, a rank, or both")
         self.in_features, self.out_features, self.plan = in_features, out_features, plan
@@ -187,12 +192,20 @@ class PixelatedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch R"]:
         """x W^T + bias."""
+        if self.sparse is not None and self.kernel == "triton":
+            return self._fused(x, self.sparse)
         if self.sparse is None or self.low is None:
             y = self.low(x) if self.sparse is None else self.sparse(x)  # type: ignore[misc]
         else:
             sparse, low = self.sparse(x), self.low(x)
             y = torch.lerp(low, sparse, self.gamma.to(low.dtype))  # type: ignore[union-attr]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _fused(self, x: Tensor, cells: GatheredCells) -> Tensor:
+        x, weight, up, down, bias = _cast(
+            x, cells.weight, self.low and self.low.up, self.low and self.low.down, self.bias
+        )
+        return pixelated_product(x, weight, cells.columns, cells.sources, up, down, self.gamma, bias)
 
     @property
     def weight(self) -> Float[Tensor, "R C"]:
@@ -218,7 +231,7 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, columns: Tensor, sources: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, columns, sources)
         y = torch.bmm(_gathered(x, columns), weight.transpose(1, 2))  # (B, M, h)
-        return y.transpose(0, 1).reshape(len(x), -1)
+        return y.transpose(0, 1).flatten(1)
 
     @staticmethod
     @once_differentiable
@@ -234,6 +247,14 @@ class _GatheredProduct(torch.autograd.Function):
             down = upstream.unflatten(1, (grid, -1)).permute(1, 2, 0)  # (B, h, M)
             to_weight = torch.bmm(down, _gathered(x, columns))
         return to_x, to_weight, None, None
+
+
+def _cast(x: Tensor, *others: Tensor | None) -> Any:
+    """As torch's own products do under autocast."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(None if t is None else t.to(dtype) for t in others)
 
 
 def _gathered(x: Float[Tensor, "M C"], columns: Int[Tensor, "B n"]) -> Float[Tensor, "B M nw"]:

@@ -9,29 +9,33 @@ Shapes: R outputs, C inputs of a matrix; N windows, T tokens.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fewedges.errors import ModelError, RecipeError
+from fewedges import store
+from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.model.anatomy import anatomy
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.allocation import Shape, share
 from fewedges.sparsify.butterfly import PixelatedLinear, Plan
 from fewedges.sparsify.calibration import calibrated
+from fewedges.sparsify.launching import Kernel, choose_kernel
 from fewedges.sparsify.matrices import Matrix, chosen, matrices_of, shapes_of
 from fewedges.sparsify.projecting import fill_, project
 
 Start = Literal["project", "scratch"]
+KIND = "pixelated"
 SLACK = 0.02
 """How far above its density a layer may come when its rank is rounded to a whole block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pixelated:
-    """What `pixelate_` did to a model: enough to do it again before `load_state_dict`."""
+    """What `pixelate_` did to a model: with its weights, `save` keeps enough to do it again."""
 
     plans: dict[str, Plan]
     shapes: dict[str, Shape]
@@ -60,6 +64,22 @@ class Pixelated:
         known = {"name": name, "shape": shape, **asdict(plan), "cell": cell, "density": plan.density(*shape)}
         return {**known, **covers, "error": self.errors.get(name)}
 
+    def save(self, folder: Path | str, model: Any) -> Path:
+        """Write every parameter and persistent buffer of the model, as now trained, and the plans."""
+        model = model.model if isinstance(model, Loaded) else model
+        absent = [n for n in self.plans if not isinstance(dict(model.named_modules()).get(n), PixelatedLinear)]
+        if absent:
+            raise ModelError(f"save {folder}", f"{absent[0]} is not pixelated there", "the model pixelate_ changed")
+        facts = {
+            "plans": {name: asdict(plan) for name, plan in self.plans.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "errors": self.errors,
+            "model": type(model).__name__,
+            "versions": store.versions(),
+        }
+        store.save(Path(folder), KIND, {"weights": _state(model)}, facts)
+        return Path(folder)
+
     def __str__(self) -> str:
         worst = max(self.errors, key=lambda name: self.errors[name], default=None)
         text = f"{len(self.plans)} matrices at density {self.density:.4f}, {self.rank_share:.0%} of it low rank"
@@ -78,14 +98,17 @@ def pixelate_(
     plans: Mapping[str, Plan] | None = None,
     tokens: Int[Tensor, "N T"] | None = None,
     rounds: int = 20,
+    kernel: Kernel = "reference",
 ) -> Pixelated:
     """Replace every matrix inside the blocks of a model (or `Loaded`) in place; biases stay.
 
     `start`: project fits the pretrained weights, in the norm of their inputs when calibration `tokens` are given;
     scratch draws new ones as spread as the old. `shares` says how the budget is split between "attention" and "mlp"
-    (default: as dense compute is). `plans` decides every layer itself. Nothing else in the model changes, and new
-    parameters train if the old ones did. Raises RecipeError before anything is touched when the budget cannot be met.
+    (default: as dense compute is). `plans` decides every layer itself. `kernel` is what the new layers run by once
+    they are all there: see `use_kernel_`. Nothing else in the model changes, and new parameters train if the old ones
+    did. Raises RecipeError before anything is touched when the budget cannot be met.
     """
+    choose_kernel(kernel)
     loaded = model if isinstance(model, Loaded) else _loaded(model)
     if start not in ("project", "scratch") or (tokens is not None and start == "scratch"):
         raise RecipeError(f"start={start!r}", "tokens serve a projection", "project, or scratch without tokens")
@@ -109,7 +132,49 @@ def pixelate_(
         else:
             _draw_(matrices[name], layers[name])
         _replace_(loaded.model, name, layers[name])
+    use_kernel_(loaded, kernel)
     return Pixelated(plans=dict(plans), shapes=shapes, errors={name: errors[name] for name in plans if name in errors})
+
+
+def use_kernel_(model: Any, kernel: Kernel) -> int:
+    """Run every pixelated layer by `reference` (batched products) or `triton` (a GPU); return how many there are."""
+    choose_kernel(kernel)
+    modules = (model.model if isinstance(model, Loaded) else model).modules()
+    layers = [module for module in modules if isinstance(module, PixelatedLinear)]
+    for layer in layers:
+        layer.kernel = kernel
+    return len(layers)
+
+
+def load_pixelated_(folder: Path | str, model: Any, *, kernel: Kernel = "reference") -> Pixelated:
+    """Turn a dense model of the same architecture, in place, into the one saved; its own weights do not matter.
+
+    Values take the model's dtype. Raises StoreError before anything is touched where names or shapes do not fit.
+    """
+    choose_kernel(kernel)
+    saved = store.load(folder, KIND)
+    loaded, weights = model if isinstance(model, Loaded) else _loaded(model), saved.tensors["weights"]
+    try:
+        plans = {name: Plan(**plan) for name, plan in saved.facts["plans"].items()}
+        shapes = {name: (int(r), int(c)) for name, (r, c) in saved.facts["shapes"].items()}
+        matrices = {name: matrix for name, matrix in matrices_of(loaded).items() if name in plans}
+        layers = {name: _layer(matrix, plans[name]) for name, matrix in matrices.items()}
+        state = {n: x for n, x in _state(loaded.model).items() if n.rpartition(".")[0] not in plans}
+        state |= {f"{name}.{n}": x for name, layer in layers.items() for n, x in layer.state_dict().items()}
+        wrong = {n for n in state.keys() | weights.keys() if _shape(state, n) != _shape(weights, n)}
+        errors = dict(saved.facts["errors"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"load {folder}", f"its plans cannot be used ({error})", "a fresh copy") from error
+    if wrong or shapes_of(matrices) != shapes:
+        found = f"another architecture: {sorted(wrong)[:3] or 'matrices'} differ"
+        raise StoreError(f"load {folder} into {type(loaded.model).__name__}", found, f"a {saved.facts['model']}")
+    for name, layer in layers.items():
+        _replace_(loaded.model, name, layer)
+    with torch.no_grad():
+        for name, value in _state(loaded.model).items():
+            value.copy_(weights[name])
+    use_kernel_(loaded, kernel)
+    return Pixelated(plans=plans, shapes=shapes, errors=errors)
 
 
 def layer_densities(
@@ -160,6 +225,17 @@ def _butterflies(shape: Shape, block: int) -> list[Plan]:
 
 def _loaded(model: Any) -> Loaded:
     return Loaded(name=type(model).__name__, model=model, tokenizer=None, anatomy=anatomy(model))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once: tied ones by their first name."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return parameters | {name: x for name, x in model.state_dict().items() if name not in tied}
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
 
 
 def _layer(matrix: Matrix, plan: Plan) -> PixelatedLinear:

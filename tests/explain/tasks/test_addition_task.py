@@ -35,6 +35,13 @@ def test_prompts_are_the_tokens_the_model_was_trained_on(tokenizer):
     assert torch.equal(prompts.clean[0], sums.encode(a, b)[:9])
 
 
+@pytest.mark.matches
+@pytest.mark.parametrize(("digit", "rest"), [("hundreds", []), ("tens", ["="]), ("ones", ["=", "s100"])])
+def test_every_character_has_a_role(tokenizer, digit, rest):
+    prompts = task.generate(tokenizer, 4, digit=digit)
+    assert set(prompts.places) == {("start", "a10", "a1", "+", "b10", "b1", *rest, "END")}
+
+
 @pytest.mark.stays
 def test_halves_share_no_sum_in_either_order(tokenizer):
     halves = task.generate(tokenizer, 400).split()

@@ -54,6 +54,20 @@ def test_the_corrupt_prompt_has_new_names_where_it_matters_and_the_old_ones_arou
         assert re.sub(rf"\b({names})\b", "X", clean) == re.sub(rf"\b({names})\b", "X", corrupt)
 
 
+@pytest.mark.matches
+def test_tokens_have_the_roles_of_their_arguments(tok):
+    prompts = docstring.generate(tok, 60)
+    for row, places in enumerate(prompts.places):
+        said = [tok.convert_ids_to_tokens(token) for token in prompts.clean[row, : len(places)].tolist()]
+        word = dict(zip(places, said, strict=True))
+        _, arguments, documented = parts(prompts.texts[row][0])
+        before = docstring.LAYOUTS[prompts.template[row]].before
+        assert [word["A"], word["B"], word["C"]] == arguments[before : before + 3]
+        assert [word["A doc"], word["B doc"]] == documented
+        assert sorted(filter(None, prompts.roles[row])) == ["A", "A doc", "B", "B doc", "C"]
+        assert word["END"] == "param"
+
+
 @pytest.mark.stays
 def test_layouts_are_templates(tok):
     prompts = docstring.generate(tok, 24)

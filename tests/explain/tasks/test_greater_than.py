@@ -47,6 +47,23 @@ def test_only_the_first_year_is_changed(one, two, size):
 
 
 @pytest.mark.matches
+@pytest.mark.parametrize("size", [1, 2])
+def test_tokens_have_the_roles_of_their_digits(one, two, size):
+    tokenizer = {1: one, 2: two}[size]
+    prompts = greater_than.generate(tokenizer, 60)
+    for row, places in enumerate(prompts.places):
+        said = [tokenizer.convert_ids_to_tokens(token) for token in prompts.clean[row, : len(places)].tolist()]
+        word = dict(zip(places, said, strict=True))
+        (start,) = re.findall(r"\d{4}", prompts.texts[row][0])
+        assert word["noun"] in greater_than.NOUNS
+        assert word["XX"] == start[:size]
+        assert word["YY"] == start[2 : 2 + size]
+        assert word["END"] == start[2 - size : 2]
+        if size == 1:
+            assert (word["XX+1"], word["YY+1"], word["XX2"]) == (start[1], start[3], start[0])
+
+
+@pytest.mark.matches
 def test_the_metric_is_one_for_who_knows_and_minus_one_for_who_errs(two):
     import torch
 

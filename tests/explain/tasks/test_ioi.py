@@ -77,6 +77,23 @@ def test_a_name_that_is_no_token_is_never_said(words):
     assert len(said) == 12
 
 
+@pytest.mark.matches
+@pytest.mark.parametrize("generate", [ioi.generate, ioi_long.generate])
+def test_tokens_have_the_roles_of_their_words(tok, generate):
+    prompts = generate(tok, 60)
+    for row, roles in enumerate(prompts.roles):
+        said = [tok.convert_ids_to_tokens(token) for token in prompts.clean[row, : len(roles)].tolist()]
+        word = {role: said[place] for place, role in enumerate(roles) if role}
+        assert sorted(word) == ["IO", "S1", "S2", "place", "thing"]
+        assert [word["IO"], word["S1"], word["S2"]] == decoded(tok, [prompts.answers[row]]) + 2 * decoded(
+            tok, [prompts.wrong[row]]
+        )
+        assert roles.index("S2") > max(roles.index("S1"), roles.index("IO"))
+        assert word["place"] in ioi.PLACES
+        assert word["thing"] in ioi.THINGS
+        assert prompts.places[row][-1] == "END"
+
+
 @pytest.mark.survives
 def test_too_few_names_or_an_unknown_option_is_refused(tok, words):
     with pytest.raises(DataError, match=r"ioi \(abc\): 9 of \d+ words are one token"):

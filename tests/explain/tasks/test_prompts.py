@@ -146,6 +146,32 @@ def test_a_start_token_moves_everything_by_one():
     assert begun.mask.sum(1).tolist() == (prompts.mask.sum(1) + 1).tolist() == [5, 4, 3]
 
 
+ROLES = (("", "S1", "", ""), ("IO", "", "S2"), ("", ""), ("", "S1", "", ""))
+
+
+@pytest.mark.matches
+def test_places_are_roles_or_how_far_behind_one():
+    assert make(4, roles=ROLES).places == (
+        ("start", "S1", "S1+1", "END"),
+        ("IO", "IO+1", "END"),
+        ("start", "END"),
+        ("start", "S1", "S1+1", "END"),
+    )
+    assert make(2).places == (("0", "1", "2", "3"), ("0", "1", "2"))
+
+
+@pytest.mark.stays
+def test_roles_go_with_their_prompts():
+    prompts = make(4, roles=ROLES)
+    assert prompts.subset([2, 1, 2]).roles == (ROLES[2], ROLES[1], ROLES[2])
+    assert prompts.shuffled().roles == prompts.to("cpu").roles == ROLES
+    begun = prompts.with_start(8)
+    assert begun.roles[1] == ("", "IO", "", "S2")
+    assert begun.places[0] == ("start", "start+1", "S1", "S1+1", "END")
+    assert make(4).subset([1]).roles == make(4).with_start(8).roles == ()
+    assert prompts.describe() == make(4).describe()
+
+
 @pytest.mark.reproduces
 def test_the_digest_sees_tokens_and_labels_but_not_padding():
     def digest(**rest):
@@ -170,6 +196,8 @@ def test_the_digest_sees_tokens_and_labels_but_not_padding():
         ({"wrong": ((5,), (5,), (1,), (5,))}, "no token in both"),
         ({"metric": "loss"}, "one of logit_diff"),
         ({"last": torch.tensor([1, 2, 3, 4])}, "last from 1 to 4"),
+        ({"roles": (("",),)}, "one length B"),
+        ({"roles": (("",) * 4, ("",) * 3, ("",) * 2, ("",) * 3)}, "one per token"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(wrong, message):

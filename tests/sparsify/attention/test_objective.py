@@ -65,6 +65,7 @@ def furthest(one, other):
 
 @pytest.mark.matches
 @on_gpu
+@compiling  # the losses are compiled in both
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_replayed_step_is_the_eager_step(precision):
     """Four steps with learning rates, prices and noise that change: nothing is frozen into the graph."""

@@ -40,7 +40,7 @@ def base_folder(folder, name="llama", seed=0):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Folders of tiny dense models with a tokenizer, as users have them."""
-    return {name: base_folder(tmp_path_factory.mktemp("base") / name, name) for name in ("llama", "gpt2")}
+    return {name: base_folder(tmp_path_factory.mktemp("base") / name, name) for name in ("llama", "gpt2", "olmo")}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,23 @@ def test_a_model_saved_in_bfloat16_comes_back_rounded_once(bases, tmp_path, trai
     back = dict(loaded.model.named_parameters())
     assert all(torch.equal(back[name], trained[name].bfloat16().float()) for name in body)
     assert torch.equal(gate_biases(loaded.model, loaded.dense.anatomy), gate_biases(sparse.model, sparse.dense.anatomy))
+    loaded.save(tmp_path / "two")
+    assert store.read_manifest(tmp_path / "two")["files"] == store.read_manifest(tmp_path / "one")["files"]
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_model_saved_in_int8_comes_back_as_it_was_returned(bases, tmp_path, train):
+    dense = fe.load(bases["llama"])
+    sparse = fe.sparsify(
+        dense, recipe(saved="int8", train=train), data=NoiseBatches(), out=tmp_path / "one", control=True
+    )
+    loaded = fe.load(tmp_path / "one")
+    assert torch.equal(logits(loaded.model), logits(sparse.model))
+    assert torch.equal(logits(loaded.control.model), logits(sparse.control.model))
+    for part in ("one", "one/control"):
+        body = load_file(next((tmp_path / part).glob("weights-*")))
+        assert torch.int8 in {x.dtype for x in body.values()}
     loaded.save(tmp_path / "two")
     assert store.read_manifest(tmp_path / "two")["files"] == store.read_manifest(tmp_path / "one")["files"]
 
@@ -453,7 +470,7 @@ def test_the_model_card_says_what_it_is_how_to_load_it_and_how_not_to(run):
 def test_the_model_card_of_a_run_with_gate_queries_says_what_they_add(run):
     facts = store.load(run[0]).facts
     text = model_card(facts | {"recipe": facts["recipe"] | {"gate_query": True}})
-    assert "score + bias[layer, head] + gate query . key > 0" in text
+    assert "score + bias[layer, head] + scaling * gate query . key > 0" in text
     assert "score + bias[layer, head] > 0" not in text
 
 
@@ -524,7 +541,7 @@ def by_hand(bias):
 
 @pytest.mark.matches
 @pytest.mark.parametrize("bias", [0.0, 0.7, -0.4])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo"])  # olmo: the layout of the published flodraye/sparse-olmo7b
 def test_gates_only_equals_constant_gates_made_by_hand(bases, name, bias):
     dense = fe.load(bases[name], probes=False)
     sparse = fe.load(bases[name], gate_bias=bias)
@@ -539,6 +556,31 @@ def test_gates_only_equals_constant_gates_made_by_hand(bases, name, bias):
     assert float((logits(sparse.model) - logits(dense.model)).abs().max()) / scale > 1e-2
     assert set(gate_biases(sparse.model, dense.anatomy).flatten().tolist()) == {torch.tensor(bias).item()}
     assert [n for n, p in sparse.model.named_parameters() if n.endswith("gate_bias") and p.requires_grad] == []
+
+
+# -- the run that comes with the package -----------------------------------------------------------------------
+
+SHIPPED = result.ASSETS / "smollm2-sparse"
+
+
+@pytest.mark.says
+def test_the_shipped_run_is_whole_small_and_says_what_it_is():
+    saved = store.load(SHIPPED, result.KIND)  # checks every sha256
+    control = store.load(SHIPPED / "control", result.CONTROL)
+    assert saved.facts["base"] == control.facts["base"]
+    assert saved.facts["base"]["name"] == "smollm2"
+    assert saved.facts["recipe"]["saved"] == "int8"
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 40e6
+    assert {"dense", "control", "sparse"} <= set(saved.facts["results"])
+    card = (SHIPPED / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert f"{saved.facts['results']['sparse']['edges_per_query_per_head']:.4g}" in card
+
+
+@pytest.mark.survives
+def test_the_shipped_run_without_its_base_says_how_to_get_it():
+    with pytest.raises(ModelError, match="Try: `fewedges get smollm2`"):  # the cache of a test is empty
+        fe.load("smollm2-sparse")
 
 
 @pytest.mark.reproduces

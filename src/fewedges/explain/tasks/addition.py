@@ -2,6 +2,8 @@
 
 "17+35=0" -> "5". Corrupt: one of the two numbers is another one, such that the digits already written stay the same
 and the next one differs. Measured by the logit of the right digit less that of the corrupt sum's digit.
+
+Roles of tokens, one a character: a10 a1 + b10 b1 = s100 s10; END is the last of them that is written.
 """
 
 import random
@@ -10,10 +12,11 @@ from typing import Any
 
 from fewedges.data.addition import split
 from fewedges.errors import DataError
-from fewedges.explain.tasks.pairs import Pair, build
+from fewedges.explain.tasks.pairs import Pair, Span, build
 from fewedges.explain.tasks.prompts import Prompts
 
 DIGITS = ("hundreds", "tens", "ones")
+ROLES = ("a10", "a1", "+", "b10", "b1", "=", "s100", "s10")
 
 
 def generate(tokenizer: Any, count: int, seed: int = 0, *, digit: str = "tens", held_out: bool = True) -> Prompts:
@@ -47,4 +50,5 @@ def draw(source: random.Random, numbers: list[tuple[int, int]], place: int) -> I
             answers=(right[place],),
             wrong=(total[place],),
             template=100 * min(a, b) + max(a, b),
+            spans=tuple(Span(role, n, n + 1) for n, role in enumerate(ROLES[: 6 + place])),
         )

@@ -11,6 +11,8 @@ After Heimersheim and Janiak 2023 ("A circuit for Python docstrings in a 4-layer
 words are our own. Corrupt (their random_random): the three described arguments get other names in the definition,
 and the two in the docstring get yet others. Measured by the logit of the right name less the largest logit of any
 other argument name in either prompt.
+
+Roles of tokens: A, B, C, the three arguments in the definition; A doc and B doc in the docstring; END.
 """
 
 import itertools
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewedges.errors import DataError
-from fewedges.explain.tasks.pairs import Pair, build, single
+from fewedges.explain.tasks.pairs import Pair, Span, build, single
 from fewedges.explain.tasks.prompts import Prompts
 
 
@@ -83,6 +85,7 @@ def draw(source: random.Random, names: list[str], layouts: list[int]) -> Iterato
             answers=(f" {clean[2]}",),
             wrong=tuple(f" {name}" for name in (*clean[:2], *around[0], *around[1], *others, *documented)),
             template=template,
+            spans=spans_of(layout, around, clean, method, words),
         )
 
 
@@ -101,3 +104,19 @@ def function(
         f'\ndef {method}({arguments}):\n    """{" ".join(words[:3])}\n\n'
         f"{one}{' '.join(words[3:5])}\n{two}{' '.join(words[5:7])}\n    {layout.marker}"
     )
+
+
+def spans_of(
+    layout: Layout, around: list[list[str]], defined: list[str], method: str, words: Sequence[str]
+) -> tuple[Span, ...]:
+    """Where the three arguments stand in the definition, and the first two in the docstring."""
+    text = function(layout, around, defined, defined[:2], method, words)
+    place = text.index("(self") + len(", ".join(["(self", *around[0]]))
+    found = []
+    for role, name in zip("ABC", defined, strict=True):
+        found.append(Span(role, place + 2, place + 2 + len(name)))
+        place += 2 + len(name)
+    for role, name in zip("AB", defined, strict=False):
+        start = text.index(f"    {layout.marker} {name}:") + len(f"    {layout.marker} ")
+        found.append(Span(f"{role} doc", start, start + len(name)))
+    return tuple(found)

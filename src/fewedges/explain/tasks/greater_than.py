@@ -12,6 +12,8 @@ all tokens that can come next less that of all that cannot, which depends on how
 Both are exact: an answer is a token that some later year of the century goes on with, a wrong token is a number that
 none does. Years have tens digit 2 or more, so that 01 is another decade, and end at 98. Tokenizers with three digits
 a token (Llama 3) cannot express the task.
+
+Roles of tokens: noun; XX and YY, the first year's century and its last two digits; XX2, the century again; END.
 """
 
 import itertools
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fewedges.errors import DataError
-from fewedges.explain.tasks.pairs import Pair, build, encode
+from fewedges.explain.tasks.pairs import Pair, Span, build, encode, spans
 from fewedges.explain.tasks.prompts import Prompts
 
 TEMPLATES = (
@@ -58,15 +60,22 @@ def draw(source: random.Random, years: list[tuple[int, int]], labels: Labels) ->
     for number in itertools.count():
         template = templates[number % len(templates)]
         century, year = source.choice(years)
-        words = {"noun": source.choice(NOUNS), "century": century}
+        words = {"noun": source.choice(NOUNS), "century": century, "start": f"{century}{year:02d}"}
         answers, wrong = labels[year]
         yield Pair(
-            clean=TEMPLATES[template].format(start=f"{century}{year:02d}", **words),
-            corrupt=TEMPLATES[template].format(start=f"{century}01", **words),
+            clean=TEMPLATES[template].format(**words),
+            corrupt=TEMPLATES[template].format(**{**words, "start": f"{century}01"}),
             answers=answers,
             wrong=wrong,
             template=template,
+            spans=spans_of(TEMPLATES[template], words),
         )
+
+
+def spans_of(template: str, words: dict[str, Any]) -> tuple[Span, ...]:
+    """Where noun, years and century stand in a prompt; a year is two spans."""
+    found = spans(template, words, {"noun": "noun", "start": "XX", "century": "XX2"})
+    return (*found, *(Span("YY", end - 2, end) for role, _, end in found if role == "XX"))
 
 
 def labels_of(tokenizer: Any, size: int) -> Labels:

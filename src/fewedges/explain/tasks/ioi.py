@@ -8,6 +8,8 @@ Corruptions, all of which keep sentence, place and thing:
     abc          all three names become others, all different (Wang et al., ACDC)
     third_name   only the second mention of the subject becomes a third name (EAP-IG's `corrupted`)
     s2_io_flip   it becomes the other name, so the answer flips (MIB's default, EAP-IG's `corrupted_hard`)
+
+Roles of tokens: IO and S1, the two names in either order; S2, the subject again; place, thing; END.
 """
 
 import itertools
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fewedges.errors import DataError
-from fewedges.explain.tasks.pairs import Pair, build, single
+from fewedges.explain.tasks.pairs import Pair, Span, build, single, spans
 from fewedges.explain.tasks.prompts import Prompts
 
 CORRUPTIONS = ("abc", "third_name", "s2_io_flip")
@@ -87,6 +89,7 @@ def draw(source: random.Random, names: list[str], corruption: str, order: str) -
             answers=(f" {indirect}",),
             wrong=(f" {subject}",),
             template=template,
+            spans=spans_of(TEMPLATES[template], *clean, first, words),
         )
 
 
@@ -106,3 +109,12 @@ def sentence(template: str, indirect: str, subject: str, again: str, subject_fir
     """Fill a template."""
     a, b = (subject, indirect) if subject_first else (indirect, subject)
     return template.format(a=a, b=b, s=again, **words)
+
+
+def spans_of(
+    template: str, indirect: str, subject: str, again: str, subject_first: bool, words: dict[str, str]
+) -> tuple[Span, ...]:
+    """Where the names stand in that sentence."""
+    (a, first), (b, second) = ((subject, "S1"), (indirect, "IO"))[:: 1 if subject_first else -1]
+    filled = {"a": a, "b": b, "s": again, **words}
+    return spans(template, filled, {"a": first, "b": second, "s": "S2", "place": "place", "thing": "thing"})

@@ -12,7 +12,7 @@ from typing import Any
 
 from fewedges.errors import DataError
 from fewedges.explain.tasks import ioi
-from fewedges.explain.tasks.pairs import Pair, build, single
+from fewedges.explain.tasks.pairs import Pair, Span, build, single
 from fewedges.explain.tasks.prompts import Prompts
 
 LEAD_INS = (
@@ -58,4 +58,5 @@ def behind(source: random.Random, pairs: Iterator[Pair], clauses: int) -> Iterat
     """Put the same lead-in before both prompts of every pair."""
     for pair in pairs:
         lead = "".join(f"{clause} " for clause in source.sample(LEAD_INS, clauses))
-        yield replace(pair, clean=lead + pair.clean, corrupt=lead + pair.corrupt)
+        spans = tuple(Span(role, start + len(lead), end + len(lead)) for role, start, end in pair.spans)
+        yield replace(pair, clean=lead + pair.clean, corrupt=lead + pair.corrupt, spans=spans)

@@ -6,9 +6,10 @@ without (`Prompts.with_start` adds one). A word counts as one token if it adds o
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from string import Formatter
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +18,14 @@ from fewedges.explain.tasks.prompts import Metric, Prompts
 
 PATIENCE = 50  # pairs drawn for each one asked for, before a task gives up
 AT_ONCE = 64  # pairs written as tokens together
+
+
+class Span(NamedTuple):
+    """A part of the clean text that has a role in the task: characters `start` to `end`."""
+
+    role: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,7 @@ class Pair:
     answers: tuple[str | int, ...]
     wrong: tuple[str | int, ...]
     template: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,41 @@ def stack(tokenizer: Any, pairs: Iterable[tuple[Pair, Tokens]], *, name: str, me
         wrong=tuple(one.wrong for one in tokens),
         template=tuple(pair.template for pair in texts),
         texts=tuple((pair.clean, pair.corrupt) for pair in texts),
+        roles=roles_of(tokenizer, texts, tokens),
     )
+
+
+def roles_of(tokenizer: Any, pairs: Sequence[Pair], tokens: Sequence[Tokens]) -> tuple[tuple[str, ...], ...]:
+    """The role of each token of the clean prompts: a span names the first token that holds some of it.
+
+    () if no pair has spans, or if the tokenizer cannot say where its tokens stand in a text (those written in Python).
+    """
+    if not any(pair.spans for pair in pairs) or not tokenizer.is_fast:
+        return ()
+    texts = [pair.clean for pair in pairs]
+    written = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    found = []
+    for pair, one, places in zip(pairs, tokens, written, strict=True):
+        roles = [""] * len(one.clean)
+        start = len(one.clean) - len(places)  # a beginning-of-text token
+        for span in pair.spans:
+            inside = [n for n, (first, end) in enumerate(places) if first < span.end and end > span.start]
+            for n in inside[:1]:
+                roles[start + n] = span.role
+        found.append(tuple(roles))
+    return tuple(found)
+
+
+def spans(template: str, words: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[Span, ...]:
+    """Where the fields of a template stand in the text that `template.format(**words)` gives; field -> role."""
+    found, place = [], 0
+    for literal, name, _, _ in Formatter().parse(template):
+        place += len(literal)
+        if name is not None:
+            end = place + len(str(words[name]))
+            found += [Span(roles[name], place, end)] if name in roles else []
+            place = end
+    return tuple(found)
 
 
 def padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:

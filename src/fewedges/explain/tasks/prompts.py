@@ -43,6 +43,8 @@ class Prompts:
     """Per prompt, the number of its template: what `split` keeps together."""
     texts: tuple[tuple[str, str], ...]
     """(clean, corrupt) as text."""
+    roles: tuple[tuple[str, ...], ...] = ()
+    """Per prompt, what each token up to `last` is to the task, such as "S2"; "" for no role. (): no roles at all."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -62,6 +64,17 @@ class Prompts:
     def mask(self) -> Bool[Tensor, "B T"]:
         """Which tokens are no padding."""
         return torch.arange(self.clean.shape[1], device=self.last.device) <= self.last[:, None]
+
+    @property
+    def places(self) -> tuple[tuple[str, ...], ...]:
+        """Per prompt, a name for each token up to `last`, the same from prompt to prompt where they have roles.
+
+        A role; S1+1 for the token behind S1, where that has none; start and start+1 before the first role; END for
+        the last token. Without roles, the position's number.
+        """
+        if not self.roles:
+            return tuple(tuple(map(str, range(end + 1))) for end in self.last.tolist())
+        return tuple(map(named, self.roles))
 
     @property
     def chance(self) -> float:
@@ -97,7 +110,7 @@ class Prompts:
             raise DataError(f"subset of {self.name}", f"rows {rows[:8]}", f"one or more of 0 to {len(self) - 1}")
         last = self.last[rows]
         width = int(last.max()) + 1
-        lists = {name: tuple(getattr(self, name)[row] for row in rows) for name in LISTS}
+        lists = {name: tuple(getattr(self, name)[row] for row in rows) for name in self._lists}
         return replace(self, clean=self.clean[rows, :width], corrupt=self.corrupt[rows, :width], last=last, **lists)
 
     def split(self, seed: int = 0) -> tuple["Prompts", "Prompts"]:
@@ -130,7 +143,8 @@ class Prompts:
         """Put one token, such as a beginning-of-text token, before every prompt."""
         start = torch.full_like(self.last, token)[:, None]
         clean, corrupt = (torch.cat([start, tokens], dim=1) for tokens in (self.clean, self.corrupt))
-        return replace(self, clean=clean, corrupt=corrupt, last=self.last + 1)
+        roles = tuple(("", *row) for row in self.roles)
+        return replace(self, clean=clean, corrupt=corrupt, last=self.last + 1, roles=roles)
 
     def to(self, device: Any) -> "Prompts":
         """The same prompts with their tokens on a device."""
@@ -144,6 +158,10 @@ class Prompts:
         sizes = {"prompts": len(self), "tokens": self.clean.shape[1], "templates": len(set(self.template))}
         return {"name": self.name, "metric": self.metric, **sizes, "sha256": digest}
 
+    @property
+    def _lists(self) -> tuple[str, ...]:
+        return LISTS + (("roles",) if self.roles else ())
+
 
 LISTS = ("answers", "wrong", "template", "texts")
 
@@ -152,7 +170,7 @@ def check(prompts: Prompts) -> None:
     """Raise DataError unless everything has one length and every prompt tells some tokens from others."""
     asked = f"Prompts({prompts.name!r})"
     count, shape = len(prompts.last), tuple(prompts.clean.shape)
-    lengths = {len(getattr(prompts, name)) for name in LISTS}
+    lengths = {len(getattr(prompts, name)) for name in prompts._lists}
     if lengths != {count} or shape[0] != count or tuple(prompts.corrupt.shape) != shape or 0 in shape:
         found = f"clean {shape}, corrupt {tuple(prompts.corrupt.shape)}, last {count}, lists of {sorted(lengths)}"
         raise DataError(asked, found, "one length B for all, at least 1, and clean as wide as corrupt")
@@ -160,10 +178,22 @@ def check(prompts: Prompts) -> None:
         raise DataError(asked, f"metric {prompts.metric!r}", f"one of {', '.join(get_args(Metric))}")
     if not 0 <= int(prompts.last.min()) <= int(prompts.last.max()) < shape[1]:
         raise DataError(asked, f"last from {int(prompts.last.min())} to {int(prompts.last.max())}", f"0 to {shape[1]}")
+    ends = [len(row) - 1 for row in prompts.roles] or prompts.last.tolist()
+    if ends != prompts.last.tolist():
+        raise DataError(asked, f"roles up to {ends[:5]}, prompts up to {prompts.last.tolist()[:5]}", "one per token")
     for row, (answers, wrong) in enumerate(zip(prompts.answers, prompts.wrong, strict=True)):
         if not answers or not wrong or set(answers) & set(wrong):
             found = f"prompt {row} has answers {answers[:5]} and wrong tokens {wrong[:5]}"
             raise DataError(asked, found, "at least one of each, and no token in both")
+
+
+def named(roles: Sequence[str]) -> tuple[str, ...]:
+    """Name every position by its role, or by how far it stands behind the last one; the last position is END."""
+    names, anchor, behind = [], "start", 0
+    for position, role in enumerate(roles):
+        anchor, behind = (role, 0) if role else (anchor, behind + 1 if position else 0)
+        names.append(f"{anchor}+{behind}" if behind else anchor)
+    return (*names[:-1], "END")
 
 
 def summary(prompts: Prompts) -> str:

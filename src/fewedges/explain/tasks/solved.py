@@ -44,9 +44,9 @@ class Solved:
 
     @property
     def least(self) -> float:
-        """The accuracy below which it counts as near chance."""
+        """The accuracy below which it counts as near chance; always right is never near it, however few the prompts."""
         error = (self.chance * (1 - self.chance) / self.prompts) ** 0.5
-        return self.chance + max(SURE * error, SHARE * (1 - self.chance))
+        return min(1.0, self.chance + max(SURE * error, SHARE * (1 - self.chance)))
 
     @property
     def trouble(self) -> str:

@@ -2,16 +2,25 @@
 
 from typing import Any
 
+LICENCES = {"smollm2": "apache-2.0"}
+"""Of the bases that come without a hub page of their own."""
+MEASURED = {
+    "cross_entropy": "cross-entropy",
+    "kl": "KL to dense",
+    "edges_per_query_per_head": "edges per query per head",
+    "density": "density",
+}
+
 
 def model_card(facts: dict[str, Any]) -> str:
     """Markdown with front matter: what it is, how to load it, how not to, and its numbers."""
     base, last = facts["base"]["name"], facts["last_record"] or {}
-    gate = "score + bias[layer, head]" + (" + gate query . key" if facts["recipe"].get("gate_query") else "")
+    gate = "score + bias[layer, head]" + (" + scaling * gate query . key" if facts["recipe"].get("gate_query") else "")
     numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in _numbers(last).items())
     return f"""---
 library_name: fewedges
 base_model: {base}
-tags: [sparse-attention, interpretability, fewedges]
+{_licence(base)}tags: [sparse-attention, interpretability, fewedges]
 ---
 
 # Sparse {base}
@@ -37,9 +46,32 @@ any architecture of transformers, and its numbers are not those below.
 |---|---|
 {numbers}
 
-Measured results, if any, are under `facts.results` in `manifest.json`; the full recipe is in `recipe.yaml`.
-The licence is that of the base model.
+{_measured(facts["results"])}The full recipe is in `recipe.yaml`. The licence is that of the base model{_named(base)}.
 """
+
+
+def _licence(base: str) -> str:
+    return f"license: {LICENCES[base]}\n" if base in LICENCES else ""
+
+
+def _named(base: str) -> str:
+    return f" ({LICENCES[base]})" if base in LICENCES else ""
+
+
+def _measured(results: dict[str, Any]) -> str:
+    """A table of dense, control and sparse, and how they were measured; nothing if nothing was."""
+    rows = {label: results[label] for label in ("dense", "control", "sparse") if label in results}
+    if not rows:
+        return ""
+    lines = [f"| | {' | '.join(MEASURED.values())} |", "|---" * (len(MEASURED) + 1) + "|"]
+    for label, row in rows.items():
+        cells = [f"{row[name]:.4g}" if isinstance(row.get(name), int | float) else "" for name in MEASURED]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    known = [
+        f"{name} {results[name]}" for name in ("tokens", "context_length", "precision", "device") if name in results
+    ]
+    lines += ["", f"{', '.join(known)}; more under `facts.results` of `manifest.json`.", "", ""]
+    return "## Measured\n\n" + "\n".join(lines)
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:

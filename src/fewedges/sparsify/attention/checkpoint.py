@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fewedges.sparsify.attention.training import Run
 
 MAY_CHANGE = (
-    *("steps", "tokens", "minutes", "kl_margin", "loss_margin"),
+    *("steps", "tokens", "minutes", "kl_margin", "loss_margin", "target_edges"),
     *("log_every", "checkpoint_every", "micro_batch", "graph", "saved"),
 )
 """Recipe fields that may differ when a run is resumed; the log keeps the margin of every record."""

@@ -11,12 +11,13 @@ import torch
 from fewedges import store
 from fewedges.data.batch import Batches
 from fewedges.errors import ModelError, RecipeError, StoreError
-from fewedges.model.loading import Loaded, fingerprint
+from fewedges.model.loading import ASSETS, Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check
 from fewedges.recipes import SparseAttention, from_dict, to_dict, write_recipe
 from fewedges.sparsify.attention.card import model_card
 from fewedges.sparsify.attention.interface import GatePass, attach_, gate_biases, gate_queries, is_gated
+from fewedges.sparsify.attention.packing import pack, unpack
 from fewedges.sparsify.attention.parallel import join
 from fewedges.sparsify.attention.sharding import wants_shards
 from fewedges.sparsify.attention.student import GATES, make_student, put_back_, trained_weights
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fewedges.sparsify.pruned import Pruned
 
 KIND, CONTROL = "sparse-attention", "dense-control"
+SHIPPED = ("smollm2-sparse",)
+"""Runs in the package's assets, loaded by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +153,9 @@ def origin(model: "Loaded | Sparse", control: bool) -> tuple[Loaded, dict[str, A
 
 def _on_base(dense: Loaded, recipe: SparseAttention, student: Any) -> Any:
     """The trained model on the base as it was given (a bf16 run trains on a bf16 copy), as it will be on disk."""
-    saved = getattr(torch, recipe.saved)
-    for tensor in trained_weights(student).values():
-        tensor.copy_(tensor.to(saved))
+    weights = trained_weights(student)
+    for name, value in unpack(pack(weights, recipe.saved)).items():
+        weights[name].copy_(value)
     if next(student.parameters()).dtype == next(dense.model.parameters()).dtype:
         return _as_base_(student, dense)  # float32 adapters of a bfloat16 base only train under autocast
     gates = is_gated(student)
@@ -209,7 +212,9 @@ def save_sparse(sparse: Sparse, folder: Path) -> Path:
         "last_record": sparse.records[-1] if sparse.records else None,
     }
     gates = _gates(sparse.model, sparse.loaded)
-    store.save(folder, KIND, {"weights": _saved(sparse.recipe, sparse.model), "gates": gates}, facts)
+    store.save(
+        folder, KIND, {"weights": pack(trained_weights(sparse.model), sparse.recipe.saved), "gates": gates}, facts
+    )
     store.write_text(folder / "README.md", model_card(facts))
     store.write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in sparse.records))
     write_recipe(sparse.recipe, folder / "recipe.yaml")
@@ -222,12 +227,7 @@ def save_control(folder: Path, dense: Loaded, recipe: SparseAttention, data: dic
     """Save a dense control: what moved, and what it was made of."""
     base = {"name": dense.name, "sha256": fingerprint(dense.model)}
     facts = {"base": base, "recipe": to_dict(recipe), "data": data}
-    store.save(folder, CONTROL, {"weights": _saved(recipe, model)}, facts)
-
-
-def _saved(recipe: SparseAttention, model: Any) -> store.Tensors:
-    dtype = getattr(torch, recipe.saved)
-    return {name: tensor.to(dtype) for name, tensor in trained_weights(model).items()}
+    store.save(folder, CONTROL, {"weights": pack(trained_weights(model), recipe.saved)}, facts)
 
 
 def load_sparse(
@@ -278,8 +278,10 @@ def load(
 ) -> "Sparse | Loaded | Pruned":
     """Load a saved run (sparse attention, or sparse weights) or a dense model (hub id, folder, .gguf, built-in).
 
+    `smollm2-sparse` is a run that comes with the package; its base comes with `fewedges get smollm2`.
     With `gate_bias`, the weights of a dense checkpoint are run through constant gates `score + gate_bias > 0`.
     """
+    name = ASSETS / name if name in SHIPPED else name
     if store.is_stored(name) and gate_bias is not None:
         found = "it is a sparse run and has gate biases of its own"
         raise RecipeError(f"load {name} with gate_bias={gate_bias}", found, "no gate_bias, or a dense checkpoint")
@@ -305,7 +307,7 @@ def gates_only(dense: Loaded, bias: float) -> Sparse:
 
 def _put_back(student: Any, weights: store.Tensors, folder: Path) -> None:
     try:
-        put_back_(student, weights)
+        put_back_(student, unpack(weights))
     except KeyError as error:
         raise StoreError(
             f"load {folder}", f"its weights do not fit the recipe, first {error}", "train again"

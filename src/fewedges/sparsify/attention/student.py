@@ -58,7 +58,8 @@ def start_from_(student: Any, model: Any) -> str:
     values, targets = trained(model), trained(student)
     targets = {name: p for name, p in targets.items() if name in values or not name.endswith("gate_query")}
     if odd := sorted(set(values) ^ set(targets)) or [n for n in values if values[n].shape != targets[n].shape]:
-        raise RecipeError("start from a trained model", f"{odd[0]} is trained in one of them only", "its own recipe")
+        found = f"{odd[0]} is trained in one of them only, or in another shape"
+        raise RecipeError("start from a trained model", found, "its own recipe")
     digest = hashlib.sha256()
     with torch.no_grad():
         for name in sorted(values):

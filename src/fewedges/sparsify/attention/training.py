@@ -355,7 +355,7 @@ def _fused(student: Any) -> bool:
 
 
 def _check_finite(run: Run, values: dict[str, float]) -> None:
-    """Stop before the update when anything is NaN or inf, and name the first tensor that is."""
+    """Stop when anything was NaN or inf (the update left such a step out), and name the first tensor that was."""
     if all(math.isfinite(value) for value in values.values()):
         return
     named = trained(run.student).items()

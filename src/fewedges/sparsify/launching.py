@@ -1,0 +1,153 @@
+"""What launching a kernel takes: its device functions or why there are none, operands, and the fastest tile shapes.
+
+Tile shapes are tried once for every (kernel, shape, dtype, device), on the real operands, and remembered until the
+process ends; `trials` says what was found. A kernel told its tiles tries nothing. Other tiles add in another order:
+where bits must repeat from run to run, tell the tiles.
+"""
+
+import importlib
+import statistics
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fewedges.errors import ModelError, RecipeError
+from fewedges.sparsify.attention.kernel import _interpreted
+
+Kernel = Literal["reference", "triton"]
+WARM, TIMED = 2, 7
+"""Runs of every candidate before and while it is timed."""
+
+T = TypeVar("T", bound=tuple[Any, ...])
+Key = tuple[str, tuple[int, ...], str, str]
+
+
+class Trial(NamedTuple):
+    """One candidate: what it was tried for, and its median milliseconds, or why it does not run."""
+
+    what: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    tile: Any
+    ms: float
+    why: str = ""
+
+
+_FOUND: dict[Key, Any] = {}
+_TRIALS: list[Trial] = []
+
+
+def trials() -> list[dict[str, Any]]:
+    """What was tried in this process, in order, one row a candidate; `chosen` is the fastest of its kind."""
+    return [trial._asdict() | {"chosen": _FOUND.get(trial[:4]) == trial.tile} for trial in _TRIALS]
+
+
+def forget() -> None:
+    """Try again from here on."""
+    _FOUND.clear()
+    _TRIALS.clear()
+
+
+def fastest(what: str, shape: tuple[int, ...], like: Tensor, tiles: Sequence[T], launch: Callable[[T], Any]) -> T:
+    """The tile with which `launch` is fastest on this device; the first one where there is no GPU to time.
+
+    Raises ModelError inside a CUDA graph's capture when nothing is known yet, and when no tile runs.
+    """
+    if like.device.type != "cuda" or len(tiles) == 1:
+        return tiles[0]
+    device, dtype = torch.cuda.get_device_name(like.device), str(like.dtype).removeprefix("torch.")
+    key = (what, shape, dtype, device)
+    if key not in _FOUND:
+        if torch.cuda.is_current_stream_capturing():
+            found = f"no tile is known for {shape}, and nothing can be timed while a graph is captured"
+            raise ModelError(f"capture {what}", found, "one run of the same shape before the capture, or tiles=")
+        tried = [Trial(*key, tile, *_time(launch, tile)) for tile in tiles]
+        _TRIALS.extend(tried)
+        best = min(tried, key=lambda trial: trial.ms)
+        if best.ms == float("inf"):
+            raise ModelError(f"{what} of {shape} on {device}", f"no tile runs ({best.why})", "kernel='reference'")
+        _FOUND[key] = best.tile
+    return _FOUND[key]
+
+
+def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
+    """Median milliseconds; infinite, with the reason, where the device has too little memory or registers."""
+    try:
+        for _ in range(WARM):
+            launch(tile)
+        torch.cuda.synchronize()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED)]
+        for start, end in events:
+            start.record()
+            launch(tile)
+            end.record()
+        torch.cuda.synchronize()
+    except Exception as error:  # what a compiler throws has no common type; the reason is kept and shown
+        return float("inf"), f"{type(error).__name__}: {str(error)[:200]}"
+    return statistics.median(start.elapsed_time(end) for start, end in events), ""
+
+
+def untraced(function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """function(*given), as a break in the graph where torch.compile is tracing: a launch is not for it to look into.
+
+    (The decorator torch.compiler.disable does the same and imports all of dynamo, 1.8 s, for those who never compile.)
+    """
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)  # type: ignore[assignment]
+    return function(*given)
+
+
+def choose_kernel(kernel: str) -> Kernel:
+    """`kernel`, or an error that says what there is."""
+    if kernel not in ("reference", "triton"):
+        raise RecipeError(f"kernel={kernel!r}", "there is none of that name", "reference or triton")
+    return kernel  # type: ignore[return-value]
+
+
+def device_functions(asked: str, module: str, device: torch.device) -> ModuleType:
+    """The device functions of a kernel, or why there are none."""
+    hint = "kernel='reference', or TRITON_INTERPRET=1 to debug the kernel slowly"
+    if device.type != "cuda" and not _interpreted():
+        raise ModelError(asked, f"tensors on {device}, not on a GPU", hint)
+    try:
+        importlib.import_module("triton.tools.tensor_descriptor")
+        return importlib.import_module(f"fewedges.sparsify.{module}")
+    except ImportError as error:
+        raise ModelError(asked, f"no working triton ({error})", "pip install 'fewedges[kernel]'") from error
+
+
+def described(x: Tensor, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> Any:
+    """A tensor descriptor: x seen in a shape and strides, read and written a box at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(shape), list(strides), list(box))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (rows, columns), copied if the copy engine could not read it: numbers side by side, rows 16 bytes apart."""
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def packed(x: Tensor) -> Tensor:
+    """x contiguous, on a 16-byte boundary: a parameter may be a slice of something larger."""
+    return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Compiler options, spelt out: multiply-adds in one instruction are from Triton 3.10 on not the default."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def precision(x: Tensor) -> str:
+    """float32 is multiplied as such; the word does not matter for 16 bits."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def power_above(n: int) -> int:
+    """The power of two that holds n; at least 16, the smallest side of a tile."""
+    return max(16, 1 << (n - 1).bit_length())

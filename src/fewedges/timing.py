@@ -1,0 +1,71 @@
+"""The verb `hardware`: which kind of sparse weights pays on this device, as a table, advice and a picture.
+
+Imports torch only inside the verb.
+"""
+
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fewedges.progress import print_table
+
+Model = Annotated[str | None, tyro.conf.Positional]
+
+
+def hardware(
+    model: Model = None,
+    *,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shapes: tuple[str, ...] | None = None,
+    densities: tuple[float, ...] | None = None,
+    rows: int | None = None,
+    ways: tuple[str, ...] | None = None,
+    repeats: int | None = None,
+    quick: bool = False,
+    clock: Literal["wall", "thread"] = "wall",
+    seed: int = 0,
+    theme: Literal["light", "dark"] = "light",
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Time a linear layer dense and by every kind of sparse weights, and say at which density each starts to pay.
+
+    Example: fewedges hardware --shapes 1024x4096 --densities 0.01 0.1 --quick
+
+    Args:
+        model: Time this model's own matrices, and weigh them as often as it has them.
+        device: cpu or cuda.
+        dtype: Default float32 on cpu, bfloat16 on cuda.
+        shapes: Inputs x outputs, as 1024x4096; default the MLP of a GPT-2 medium.
+        densities: Fractions of the weights that are kept.
+        rows: Input vectors M; default 256 on cpu, 8192 on cuda.
+        ways: Only these, such as csr "bsr 32" pixelated; default all, and what this device cannot do says why.
+        repeats: Timed runs of each, interleaved with dense; default 30.
+        quick: One shape, three densities, 10 repeats where these are not given.
+        clock: On cpu: wall time, or CPU time of the one thread (OMP_NUM_THREADS=1), for a machine others use too.
+        seed: Of weights, patterns and the order of runs.
+        theme: Light or dark background.
+        out: Folder for hardware.json, hardware.csv and the picture; default: nothing is written.
+        json: Print one json object instead of tables.
+    """
+    from fewedges.measure.speed import hardware as timed
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    asked = {"shapes": shapes, "densities": densities, "rows": rows, "ways": ways, "repeats": repeats}
+    found = timed(model, device=device, dtype=dtype, quick=quick, clock=clock, seed=seed, watch=tell, **asked)
+    files = []
+    if out is not None:
+        from fewedges.draw import save, speedups
+
+        files = [*found.save(out), *save(speedups(found.to_dict(), theme=theme), out / f"hardware-{theme}")]
+    if json:
+        print(dumps(found.to_dict(), indent=2))
+    else:
+        print_table(found)
+        print(*found.advice(), *files, sep="\n")

@@ -1,0 +1,169 @@
+"""The result: break-even densities, advice, tables and files, from planted rows."""
+
+import csv
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewedges.errors import DataError
+from fewedges.measure.hardware import FIELDS, Hardware, crossing
+
+FACTS = {
+    "M": 256,
+    "dtype": "float32",
+    "device": "CPU, 1 threads",
+    "itemsize": 4,
+    "repeats": 30,
+    "flops": 9.6e10,
+    "bandwidth": 2e10,
+}
+
+
+def row(what, density, speedup, shape="1024x4096", **rest):
+    times = {"ms_p20": 9 / speedup, "ms_p50": 10 / speedup, "ms_p80": 11 / speedup, "dense_ms_p50": 10.0}
+    covers = {f"cover({b})": 1.0 for b in (16, 32, 64)}
+    known = {"what": what, "shape": shape, "asked": density, "density": density, "speedup": speedup, **covers, **times}
+    return {**known, "roofline": 0.25, "error": 1e-7, "peak_mib": 7.0, "M": 256, "repeats": 30, **rest}
+
+
+def planted(**facts):
+    rows = [row("dense", 1.0, 1.0, asked=None)]
+    rows += [row("csr", d, s) for d, s in ((0.01, 8.0), (0.1, 2.0), (0.4, 0.5))]
+    rows += [row("masked", d, 0.9) for d in (0.01, 0.4)]
+    rows += [row("butterfly", d, s) for d, s in ((0.01, 5.0), (0.4, 2.0))]
+    rows += [{"what": "2:4", "shape": "1024x4096", "asked": 0.5, "why": "needs a GPU."}]
+    return Hardware(rows=rows, facts={**FACTS, **facts})
+
+
+@pytest.mark.matches
+def test_break_even_is_where_the_line_on_log_axes_comes_to_1():
+    even = planted().break_even()["1024x4096"]
+    # 2x at .1 and .5x at .4: half way on both log axes
+    assert even["csr"] == pytest.approx(0.2, rel=1e-12)
+    assert even["masked"] is None
+    assert even["butterfly"] == 0.4  # still faster at the highest density: a lower bound
+    assert even["2:4"] is None
+    assert "dense" not in even
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ((0.5, 0.4, 0.3), None),
+        ((0.5, 2.0, 0.5), 0.02),  # slow below, then fast, then slow: where it stops
+        ((2.0, 0.5, 2.0), 0.04),  # fast at the end
+        ((1.0, 0.5, 0.4), 0.01),
+        ((4.0, 1.0, 0.4), 0.02),
+    ],
+)
+def test_break_even_of_odd_lines(speedups, expected):
+    rows = [row("x", density, s) for density, s in zip((0.01, 0.02, 0.04), speedups, strict=True)]
+    found = crossing(rows)
+    middle = speedups == (0.5, 2.0, 0.5)
+    assert found == (expected if expected is None else pytest.approx(expected * (2**0.5 if middle else 1)))
+
+
+@pytest.mark.stays
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
+def test_break_even_lies_among_the_measured_densities(speedups):
+    rows = [row("x", 0.01 * 2**place, speedup) for place, speedup in enumerate(speedups)]
+    found = crossing(rows)
+    assert (found is None) == all(speedup < 1 for speedup in speedups)
+    if found is not None:
+        slower = [r["density"] for r in rows if r["density"] > found * (1 + 1e-9)]
+        assert rows[0]["density"] * (1 - 1e-9) <= found <= rows[-1]["density"] * (1 + 1e-9)
+        assert all(r["speedup"] < 1 for r in rows if r["density"] in slower)
+
+
+@pytest.mark.says
+def test_advice_names_where_each_way_starts_to_pay_and_what_never_does():
+    first, last = planted().advice()
+    assert "csr below density 0.2 (8.0x at 0.01)" in first
+    assert "butterfly up to density 0.4 (5.0x at 0.01)" in first
+    assert "never faster: masked (0.90x at best)" in first
+    assert last == "2:4 cannot be had here: needs a GPU."
+    slow = Hardware(rows=[row("csr", 0.1, 0.5)], facts=FACTS).advice()
+    assert slow == ["1024x4096: nothing is faster than dense; never faster: csr (0.50x at best)."]
+
+
+@pytest.mark.matches
+def test_advice_for_a_model_weighs_shapes_by_how_many_it_has():
+    rows = [row("csr", 0.1, 4.0, shape="8x8"), row("csr", 0.1, 0.5, shape="8x16")]
+    rows += [row("masked", 0.1, 0.5, shape="8x8")]  # not at the other shape: no word about the model
+    model = {"name": "tiny", "counts": {"8x8": 4, "8x16": 1}}
+    line = Hardware(rows=rows, facts={**FACTS, "model": model}).advice()[-1]
+    # dense 5 * 10 ms; csr 4 * 2.5 + 1 * 20 = 30 ms
+    assert line == "tiny, its 5 matrices at density 0.1: csr 1.67x; best csr."
+    model["counts"] = {"8x8": 1, "8x16": 4}
+    assert Hardware(rows=rows, facts={**FACTS, "model": model}).advice()[-1].endswith("csr 0.61x; dense stays fastest.")
+
+
+@pytest.mark.reproduces
+def test_json_comes_back_equal(tmp_path):
+    found = planted(model={"name": "x", "counts": {"1024x4096": 2}})
+    files = found.save(tmp_path / "new" / "folder")
+    assert [path.name for path in files] == ["hardware.json", "hardware.csv"]
+    for path in (files[0], files[0].parent):
+        assert Hardware.load(path) == found
+    assert json.loads(files[0].read_text())["break_even"] == found.break_even()
+
+
+@pytest.mark.says
+def test_the_csv_starts_with_the_columns_of_every_benchmark_here():
+    text = planted().csv()
+    lines = list(csv.DictReader(io.StringIO(text)))
+    start = "what,shape,dtype,device,torch,ms_p20,ms_p50,ms_p80,peak_mib,"
+    assert text.startswith(start)
+    assert list(lines[0]) == FIELDS
+    assert [(line["what"], line["ms_p50"]) for line in lines[:2]] == [("dense", "10"), ("csr", "1.25")]
+    assert (lines[-1]["why"], lines[-1]["ms_p50"]) == ("needs a GPU.", "")
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{}], "facts": {}}', '{"rows": [1], "facts": {}}'])
+def test_a_file_that_is_none_of_ours_is_refused(tmp_path, text):
+    (tmp_path / "hardware.json").write_text(text)
+    with pytest.raises(DataError, match=r"Hardware\.save"):
+        Hardware.load(tmp_path)
+
+
+@pytest.mark.survives
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(DataError):
+        Hardware.load(tmp_path / "nothing.json")
+
+
+@pytest.mark.says
+def test_tables_show_every_row_and_reasons():
+    (header, rows), refused, (shapes, lines) = planted().tables()
+    assert header[:4] == ["1024x4096", "density", "cover(32)", "ms"]
+    assert len(rows) == 8
+    assert all(len(cells) == len(header) for cells in rows)
+    assert rows[1] == ["csr", "0.0100", "1.000", "1.25", "1.12-1.38", "8.00", "25.0%", "1e-07", "7.0"]
+    assert refused == (["not timed", "where", "why"], [["2:4", "everywhere", "needs a GPU."]])
+    assert shapes == ["pays below density", "1024x4096"]
+    assert lines == [["csr", "0.200"], ["masked", "never"], ["butterfly", ">= 0.400"]]
+    assert len(Hardware(rows=planted().rows[:-1], facts=FACTS).tables()) == 2
+
+
+@pytest.mark.says
+def test_a_reason_that_holds_at_some_densities_says_at_which():
+    why = {"why": "no plan", "what": "csr", "shape": "8x8", "asked": 0.01}
+    refused = Hardware(rows=[row("csr", 0.1, 2.0, shape="8x8"), why], facts=FACTS).tables()[1]
+    assert refused[1] == [["csr", "8x8 at 0.01", "no plan"]]
+
+
+@pytest.mark.says
+def test_it_shows_itself_in_a_notebook_and_says_how_it_was_measured():
+    found = planted()
+    page = found._repr_html_()
+    assert page.count("<tr>") == 9 + 2 + 4
+    assert "csr below density 0.2" in page
+    assert "median of 30 runs" in str(found)
+    assert "96 GFLOP/s and 20 GB/s" in str(found)
+    assert "wall time" in found.protocol()
+    assert "CPU time of the one thread" in planted(clock="thread").protocol()
