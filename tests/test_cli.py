@@ -18,6 +18,7 @@ import pytest
 from fewedges import cli, demo
 from fewedges.data.addition import tokenizer
 from fewedges.errors import FewedgesError, Interrupted
+from fewedges.explain.attention_explaining import read_attention_explained
 from fewedges.explain.positions import read_token_edges
 from fewedges.recipes import SparseAttention, read_recipe, write_recipe
 from tiny import tiny_model
@@ -455,3 +456,15 @@ def test_explain_writes_which_token_reads_which(tmp_path, capsys):
     found = read_token_edges(tmp_path / "positions-addition-dense.json")
     assert len(found.edges) > 0
     assert {edge[0] for edge in found.edges.tolist()} <= set(range(8))
+
+
+@pytest.mark.says
+def test_explain_counts_attention_edges_where_it_is_asked_to(tmp_path, capsys):
+    words = ["explain", "addition", "--task", "addition", "--count", "8", "--points", "3", "--samples", "5"]
+    words += ["--steps", "1", "--edges", "attention", "--no-controls"]
+    assert cli.main([*words, "--positions", "--out", str(tmp_path)]) in (1, 2)
+    assert "edges=attention" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert str(tmp_path / "attention-circuits-addition-light.png") in capsys.readouterr().out
+    found = read_attention_explained(tmp_path / "attention-addition.json")
+    assert found.curves["dense"].edges[-1] > found.curves["dense"].edges[0] > 0

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -241,6 +242,7 @@ def explain(
     task: str = "ioi",
     out: Path | None = None,
     settings: Search = SEARCH,
+    edges: Literal["components", "attention"] = "components",
     positions: bool = False,
     theme: Literal["light", "dark"] = "light",
     device: str = "cpu",
@@ -255,27 +257,32 @@ def explain(
         task: ioi, ioi_long, greater_than, docstring, addition, induction, or a csv or jsonl file of prompts.
         out: Folder for circuits-TASK.json and the pictures; default: nothing is written.
         settings: How circuits are searched and measured.
+        edges: What is kept or cut: edges between heads and MLPs, or attention edges (which token reads which).
         positions: With --out: also which token reads which in the circuit's heads, and their attention maps.
         theme: Light or dark background.
         device: cpu or cuda.
         json: Print one json object.
     """
     from fewedges.explain.explaining import explain as explained
-    from fewedges.pictures import draw_explained
+    from fewedges.pictures import draw_attention_circuits, draw_explained
     from fewedges.sparsify.attention.result import load
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     what = _attended(load(run, device=device))
-    if positions and out is None:
-        raise RecipeError("explain --positions", "no --out to write to", "--out FOLDER")
-    found = explained(what, task, settings, watch=tell)
+    if positions and (out is None or edges == "attention"):
+        raise RecipeError("explain --positions", f"edges={edges}, out={out}", "--out FOLDER, and edges=components")
+    attention = edges == "attention"
+    found = _attention_edges(what, task, settings, tell) if attention else explained(what, task, settings, watch=tell)
     files = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        files = [found.save(out / f"circuits-{Path(task).stem}.json")]
-        files += draw_explained([found], out, name=Path(task).stem, theme=theme)
+        name = Path(task).stem
+        files = [found.save(out / f"{'attention' if attention else 'circuits'}-{name}.json")]
+        drawn = {"name": name, "theme": theme}
+        files += draw_attention_circuits({found.task: found}, out, **drawn) if attention else []
+        files += draw_explained([found], out, **drawn) if not attention else []
         files += _positions(what, found, task, settings, out, theme) if positions else []
     _print_json(found.to_dict()) if json else print(found, *files, sep="\n")
 
@@ -335,6 +342,16 @@ def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, t
     length = min(recipe.context_length, dense.anatomy.positions or recipe.context_length)
     known = [{**record, "dense_edges": (length + 1) / 2} for record in records]
     return save(training_curve(known, title=f"Sparse {dense.name}", theme=theme), out / "curve")
+
+
+def _attention_edges(what: Any, task: str, settings: CircuitSearch, tell: Any) -> Any:
+    """Explain over attention edges; settings that were left alone are those that suit them."""
+    from fewedges.explain.attention_explaining import SEARCH as ATTENTION
+    from fewedges.explain.attention_explaining import explain_attention
+
+    plain = asdict(SEARCH)
+    changed = {name: value for name, value in asdict(settings).items() if value != plain[name]}
+    return explain_attention(what, task, replace(ATTENTION, **changed), watch=tell)
 
 
 def _positions(what: Any, found: Any, task: str, settings: CircuitSearch, out: Path, theme: str) -> list[Path]:

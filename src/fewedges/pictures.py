@@ -81,6 +81,23 @@ def _maps(make: Any, panel: Any, found: Any, chosen: list[str]) -> Any:
     return make(panel=panel, heads=chosen, marks={at: one.score for at, one in marked.items()}, notes=notes)
 
 
+def draw_attention_circuits(found: dict[str, Any], out: Path, *, name: str = "", theme: str = "light") -> list[Path]:
+    """Write the curves over attention edges of explained tasks (title -> AttentionExplained); return the files."""
+    from fewedges.draw import save
+    from fewedges.draw.curve import explained_effect
+
+    out.mkdir(parents=True, exist_ok=True)
+    effects = [_of_attention(_effects(one), title) for title, one in found.items()]
+    figure = explained_effect(effects, counted="attention edges", theme=theme)
+    return save(figure, out / f"attention-circuits{'-' if name else ''}{name}-{theme}")
+
+
+def _of_attention(task: Any, title: str) -> Any:
+    """Random edges touch nearly all heads at once: over heads their line says nothing."""
+    edges = [replace(curve, label=curve.label.replace("circuits", "edges")) for curve in task.edges]
+    return replace(task, title=title, edges=edges, heads=[curve for curve in task.heads if "random" not in curve.label])
+
+
 def _effects(found: Any) -> Any:
     """Dense first, sparse last: what draw compares. Between them the control and random circuits."""
     from fewedges.draw.curve import Effects

@@ -78,13 +78,14 @@ def explained_effect(
     level: float = 0.9,
     title: str = "",
     interval: str = "95% interval",
+    counted: str = "circuit edges",
     theme: str = "light",
 ) -> Figure:
     """Draw one column per task, over edges and, where there are any, over heads.
 
     At `level` a dashed line; on it a dot where the first and the last curve reach it, and an arrow from one to the
     other with the ratio of their sizes: "12×" fewer, "0.8×" more. A curve that never gets there has neither.
-    `interval` says in the key what the bands are. DataError without any curve.
+    `interval` says in the key what the bands are, `counted` what an edge is. DataError without any curve.
     """
     tasks = list(tasks)
     rows = [name for name in ("edges", "heads") if any(getattr(task, name) for task in tasks)]
@@ -98,7 +99,7 @@ def explained_effect(
                 if getattr(task, name):
                     axes = axes_at(figure, plan.left(column), plan.bottom(row), plan.panel, HIGH)
                     draw_curves(axes, list(getattr(task, name)), plan, look, level, f"{name}-{column}")
-                    dress(axes, plan, level, name, first=column == 0)
+                    dress(axes, plan, level, counted if name == "edges" else name, first=column == 0)
         for column, task in enumerate(tasks):
             middle, top = plan.left(column) + plan.panel / 2, plan.bottom(0) + HIGH + 0.06
             style: dict[str, Any] = {"size": TITLE, "weight": "bold", "ha": "center", "parse_math": False}
@@ -217,7 +218,7 @@ def write_ratio(axes: Axes, left: float, middle: float, level: float, text: str,
     if beside:
         axes.annotate(text, (left, level), (-4, 2), ha="right", va="bottom", zorder=8, **style)
     else:
-        axes.annotate(text, (middle, level), (0, -3), ha="center", va="top", zorder=8, **style)
+        axes.annotate(text, (middle, level), (10, -4), ha="left", va="top", zorder=8, **style)
 
 
 def ratio(first: float, last: float) -> str:
@@ -246,7 +247,7 @@ def dress(axes: Axes, plan: Plan, level: float, name: str, *, first: bool) -> No
     """Label the axes: effects at the left panel only, plain numbers of edges or heads at all."""
     ticks = [0, 0.5, level, *([1] if abs(level - 1) > 0.06 else [])]
     axes.set_yticks(ticks, [f"{tick:g}" if first else "" for tick in ticks])
-    axes.set_xlabel(f"{'circuit edges' if name == 'edges' else 'heads'} kept", labelpad=1.5)
+    axes.set_xlabel(f"{name} kept", labelpad=1.5)
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 60 else (1.0, 2.0, 5.0), numticks=7))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
