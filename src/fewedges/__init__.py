@@ -23,6 +23,8 @@ _HOME = {
     "Sparse": "sparsify.attention.result",
     "post_train": "sparsify.attention.training",
     "attach_": "sparsify.attention.interface",
+    "attend_": "sparsify.attending",
+    "pixelate_": "sparsify.pixelate",
     "GatePass": "sparsify.attention.interface",
     "hard_kernel": "sparsify.attention.serving",
     "gated_attention": "sparsify.attention.gate",
