@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fewedges.errors import RecipeError
+from fewedges.explain.closing import own_gates
 from fewedges.explain.tasks.prompts import Prompts
 from fewedges.model.anatomy import plain
 from fewedges.model.attention import (
@@ -39,7 +40,6 @@ from fewedges.model.attention import (
     register,
     repeat_heads,
 )
-from fewedges.sparsify.attention.gate import Gating, gate_logits, gates, key_bias
 from fewedges.sparsify.attention.interface import is_gated
 
 MASKING = "fewedges-masking"
@@ -102,8 +102,7 @@ def masked_attention(
     scores = attention_scores(query, key, scale, softcap)
     weights = attention_weights(scores, allowed_keys(attention_mask, key.shape[-2]))  # (B, H, Q, K)
     if mask_pass.gated:
-        bias = key_bias(module.gate_bias, getattr(module, "gate_query", None), key, scale)  # type: ignore[arg-type]
-        weights = weights * gates(gate_logits(scores, bias), Gating(straight_through=mask_pass.through_gates))
+        weights = weights * own_gates(module, scores, key, scale, through=mask_pass.through_gates)
     if mask_pass.keep:
         mask_pass.kept[layer] = Carried(weights.detach(), value.detach())
     mask, other = mask_pass.masks.get(layer), mask_pass.other.get(layer)

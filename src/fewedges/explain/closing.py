@@ -100,8 +100,7 @@ def closing_attention(
     allowed = allowed_keys(attention_mask, key.shape[-2])  # (B, 1, Q, K)
     opened = allowed.expand_as(scores)
     if edge_pass.gated:
-        bias = key_bias(module.gate_bias, getattr(module, "gate_query", None), key, scale)  # type: ignore[arg-type]
-        gate = gates(gate_logits(scores, bias), Gating(straight_through=edge_pass.through_gates))
+        gate = own_gates(module, scores, key, scale, through=edge_pass.through_gates)
         weights, opened = attention_weights(scores, allowed) * gate, opened & (gate > 0)
         weights = _with(weights, closed, 0.0)
     else:
@@ -112,6 +111,14 @@ def closing_attention(
             output.requires_grad_()  # the first layer of a frozen model: autograd's graph starts here
         edge_pass.read[layer] = Read(weights.detach(), opened, value.detach(), output)
     return output, None
+
+
+def own_gates(
+    module: nn.Module, scores: Float[Tensor, "B H Q K"], key: Float[Tensor, "B G K E"], scale: float, *, through: bool
+) -> Float[Tensor, "B H Q K"]:
+    """The hard gates of a gated attention module; `through`: gradients pass them, straight through."""
+    bias = key_bias(module.gate_bias, getattr(module, "gate_query", None), key, scale)  # type: ignore[arg-type]
+    return gates(gate_logits(scores, bias), Gating(straight_through=through))
 
 
 def first_order(read: Read, gradient: Float[Tensor, "B Q H E"], *, renormalised: bool) -> Float[Tensor, "B H Q K"]:

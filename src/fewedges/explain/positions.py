@@ -8,8 +8,9 @@ What an edge is worth is what the metric loses when that edge alone is closed (h
                from one forward and one backward pass. Exact where all that follows is linear
 
 Positive: the edge helps. Effects do not add up: two edges that can stand in for one another are worth little each.
-The gradient correlates with exact at 0.90 (sparse SmolLM2, IOI) and 0.93 (dense), but misses an edge whose effect goes
-through a saturated softmax, such as the previous-token reading before a sure induction head: measure those heads.
+The gradient correlates with exact at 0.90 (sparse SmolLM2, IOI) and 0.93 (dense; results/circuits/positions-check.log),
+but misses an edge whose effect goes through a saturated softmax, such as the previous-token reading before a sure
+induction head: measure those heads.
 Given the edges of a circuit (`Explained.circuits`) only its heads are looked at, and `through` opens up one circuit
 edge into token edges. Over many prompts, edges are named by the roles of their tokens: "S2 reads S1 in a7.h3".
 
