@@ -23,6 +23,7 @@ def run(folder: str, out: Path, tasks: list[str], options: dict[str, Any], end: 
     what = load(folder, device=options.pop("device", "cpu"))
     assert isinstance(what, Sparse)
     own = options.pop("own", False)
+    out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         start = time.perf_counter()
         found = explain_attention(what, task, replace(SEARCH, **options), own=own, watch=tell)

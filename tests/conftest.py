@@ -3,6 +3,7 @@
 Every test carries one kind: matches, stays, survives, reproduces or says (DESIGN.md, house style 11).
 """
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,26 @@ WEIGHTS = "calibration distilling gradual lottery masks matrices obs pattern pru
 CHECKED += [f"sparsify.{name}" for name in f"{WEIGHTS} recovery rewiring rounding schedule score select shrink".split()]
 CHECKED += [f"sparsify.attention.{name}" for name in "constraint gate interface result student training".split()]
 install_import_hook([f"fewedges.{name}" for name in CHECKED], "beartype.beartype")  # not Triton's device code
+
+
+def _old_interpreter_with_new_numpy():
+    """Before 3.7, Triton's interpreter makes loop bounds of arrays of one element by `int`, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
+try:
+    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
+        _old_interpreter_with_new_numpy()
+except importlib.metadata.PackageNotFoundError:
+    pass
 
 KINDS = {"matches", "stays", "survives", "reproduces", "says"}
 

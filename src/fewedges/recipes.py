@@ -56,6 +56,8 @@ class SparseAttention:
     """Price of an edge by layer (one number per layer); empty: 1 everywhere."""
     head_weights: tuple[float, ...] = ()
     """Price of an edge by head index (one number per head); empty: 1 everywhere."""
+    head_closing: float = 0.0
+    """Close whole heads: an edge's price times (mean edges of a head / its own head's) to this power. 0: one price."""
 
     multiplier_start: float = 2e-3
     """Price of one edge per query per head, in nats, at step 0."""
@@ -116,7 +118,7 @@ class SparseAttention:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = "slack kl_weight loss_weight weight_decay warmup_steps anneal_steps anneal_from"
+        positive = "slack kl_weight loss_weight head_closing weight_decay warmup_steps anneal_steps anneal_from"
         _check(self, positive, lambda x: x >= 0, "at least 0")
         strictly = (
             "target_edges multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewedges.errors import DataError, RecipeError
 from fewedges.explain.hooks import Wiring, swapped
-from fewedges.explain.running import MEMORY, Written, forward, prompts_at_once, run
+from fewedges.explain.running import Written, forward, prompts_at_once, run
 from fewedges.explain.tasks.prompts import Prompts
 
 Ablation = Literal["counterfactual", "resample", "mean", "mean-position", "zero"]
@@ -38,7 +38,7 @@ class Ablating:
         reference: Prompts | None = None,
         seed: int = 0,
         options: dict[str, Any] | None = None,
-        memory: int = MEMORY,
+        memory: int | None = None,
     ):
         if kind not in get_args(Ablation):
             raise RecipeError(f"ablation {kind!r}", "no such ablation", f"one of {', '.join(get_args(Ablation))}")
@@ -58,7 +58,7 @@ class Ablating:
         device = self.wiring.device
         return run(self.wiring, tokens.to(device), last.to(device), self.options)
 
-    def _fixed(self, reference: Prompts, memory: int) -> Written:
+    def _fixed(self, reference: Prompts, memory: int | None) -> Written:
         length = max(reference.clean.shape[1], self.prompts.clean.shape[1])
         places = position_part(self.wiring, length, self.options)
         if self.kind == "zero":
@@ -96,7 +96,7 @@ def position_part(wiring: Wiring, length: int, options: dict[str, Any]) -> Float
     return kept[0]
 
 
-def _sums(wiring: Wiring, prompts: Prompts, places: Tensor, options: dict[str, Any], memory: int) -> Written:
+def _sums(wiring: Wiring, prompts: Prompts, places: Tensor, options: dict[str, Any], memory: int | None) -> Written:
     """Sum over prompts of what every source wrote on the clean ones, (1, T, ...), padding left out."""
     total: Written | None = None
     size = prompts_at_once(wiring, prompts.clean.shape[1], memory)

@@ -34,7 +34,7 @@ from fewedges.explain.gim import gim_rules
 from fewedges.explain.gradient import Gradients, Inserted, gradients
 from fewedges.explain.graph import Graph
 from fewedges.explain.hooks import Wiring
-from fewedges.explain.running import MEMORY, Ablated, Stream, Written, prompts_at_once, run
+from fewedges.explain.running import Ablated, Stream, Written, prompts_at_once, run
 from fewedges.explain.tasks.prompts import Prompts
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations"]
@@ -81,7 +81,7 @@ def attribute(
     reference: Prompts | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Scores:
     """Score every edge on every prompt.
 

@@ -21,7 +21,6 @@ from fewedges.errors import RecipeError
 from fewedges.explain.ablation import Ablation
 from fewedges.explain.evaluate import Measured, evaluate
 from fewedges.explain.hooks import Wiring
-from fewedges.explain.running import MEMORY
 from fewedges.explain.select import How, budget_grid, nested, prune, ranking
 from fewedges.explain.tasks.prompts import Prompts
 
@@ -151,7 +150,7 @@ def curve(
     reference: Prompts | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Curve:
     """Rank edges by `scores` (see `select.ranking`), prune and measure the circuits of all budgets, exactly.
 

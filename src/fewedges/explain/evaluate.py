@@ -19,7 +19,7 @@ from torch import Tensor
 from fewedges.errors import RecipeError
 from fewedges.explain.ablation import Ablating, Ablation
 from fewedges.explain.hooks import Wiring
-from fewedges.explain.running import MEMORY, Ablated, Stream, circuit_logits, prompts_at_once, run
+from fewedges.explain.running import Ablated, Stream, circuit_logits, prompts_at_once, run
 from fewedges.explain.tasks.prompts import Prompts
 
 CPU_NUMBERS = 2**17
@@ -61,13 +61,13 @@ def evaluate(
     reference: Prompts | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Measured:
     """Run these circuits on the clean prompts and measure them, exactly.
 
     `masks` keep edges (numbers between 0 and 1 keep a part). `options` go to every forward pass of the model.
-    `memory` bounds, in bytes, what is kept beside the model; one prompt is the least. RecipeError for masks that are
-    not of this graph.
+    `memory` bounds, in bytes, what is kept beside the model (None: `running.MEMORY`); one prompt is the least.
+    RecipeError for masks that are not of this graph.
     """
     if masks.ndim != 3 or masks.shape[1:] != wiring.graph.real.shape or not len(masks):
         raise RecipeError(
@@ -129,7 +129,7 @@ def _circuits(
         room = stream.differences
 
 
-def circuits_at_once(wiring: Wiring, shape: tuple[int, int], count: int, memory: int) -> int:
+def circuits_at_once(wiring: Wiring, shape: tuple[int, int], count: int, memory: int | None) -> int:
     """How many circuits to run side by side on prompts of this shape."""
     batch, tokens = shape
     fits = prompts_at_once(wiring, tokens, memory) // batch

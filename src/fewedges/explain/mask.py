@@ -21,7 +21,7 @@ from torch import Tensor
 from fewedges.errors import RecipeError
 from fewedges.explain.ablation import Ablating, Ablation
 from fewedges.explain.hooks import Block, Wiring, head_writes
-from fewedges.explain.running import MEMORY, Ablated, Stream, circuit_logits, prompts_at_once, run
+from fewedges.explain.running import Ablated, Stream, circuit_logits, memory_for, prompts_at_once, run
 from fewedges.explain.tasks.prompts import Prompts
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -67,7 +67,7 @@ def learn_mask(
     reference: Prompts | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Float[np.ndarray, "J I"]:
     """Learn a score for every edge: its gate's `a`, to be ranked with how="signed".
 
@@ -79,7 +79,8 @@ def learn_mask(
             "learn_mask", f"density={density}, steps={steps}, rate={rate}", "0 < density < 1, 1 step, rate > 0"
         )
     options, graph = options or {}, wiring.graph
-    size = min(len(prompts), prompts_at_once(wiring, prompts.clean.shape[1], memory // 3, gradients=True))
+    room = (memory or memory_for(wiring)) // 3
+    size = min(len(prompts), prompts_at_once(wiring, prompts.clean.shape[1], room, gradients=True))
     real = torch.from_numpy(graph.real).to(wiring.device)
     scores = torch.full(graph.real.shape, 2.0, device=wiring.device, requires_grad=True)
     dual = torch.zeros(2, device=wiring.device, requires_grad=True)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fewedges.explain.hooks import Block, Reader, Wiring, head_writes, keys_per_head, project, swapped
 from fewedges.model.anatomy import plain
 
-MEMORY = 2**29
-"""Default limit, in bytes, of what a circuit run keeps beside the model."""
+MEMORY = {"cpu": 2**29, "cuda": 2**32}
+"""Default limits, in bytes, of what a circuit run keeps beside the model; small enough for a CPU's neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +78,12 @@ def at_last(x: Float[Tensor, "B T D"], last: Int[Tensor, "B"]) -> Float[Tensor, 
     return x[torch.arange(len(last), device=x.device), last][:, None]
 
 
-def prompts_at_once(wiring: Wiring, tokens: int, memory: int = MEMORY, *, gradients: bool = False) -> int:
+def memory_for(wiring: Wiring) -> int:
+    """The default limit on the device the model is on."""
+    return MEMORY.get(wiring.device.type, MEMORY["cpu"])
+
+
+def prompts_at_once(wiring: Wiring, tokens: int, memory: int | None = None, *, gradients: bool = False) -> int:
     """How many prompts of this many tokens fit into `memory` bytes, at least 1; counted in rows of (tokens x width).
 
     Kept are a row per source, four per attention input of a layer, two per layer; with gradients about 40 more per
@@ -86,7 +91,7 @@ def prompts_at_once(wiring: Wiring, tokens: int, memory: int = MEMORY, *, gradie
     """
     graph, width = wiring.graph, wiring.blocks[0].weight.shape[-1]
     rows = graph.sources + 4 * graph.readers + (42 if gradients else 2) * graph.layers + 2
-    return max(1, memory // (rows * tokens * width * wiring.dtype.itemsize))
+    return max(1, (memory or memory_for(wiring)) // (rows * tokens * width * wiring.dtype.itemsize))
 
 
 # -- circuits ------------------------------------------------------------------------------------------------------

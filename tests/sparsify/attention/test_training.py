@@ -23,7 +23,7 @@ from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention import objective, training
 from fewedges.sparsify.attention.constraint import Multiplier, violation
 from fewedges.sparsify.attention.interface import is_gated
-from fewedges.sparsify.attention.objective import priced_edges
+from fewedges.sparsify.attention.objective import RARE, priced_edges
 from fewedges.sparsify.attention.student import trained
 from fewedges.sparsify.attention.training import annealed, learning_rate_factor, noise_seed, post_train
 from tiny import NoiseBatches, tiny_loaded
@@ -859,6 +859,28 @@ def test_layer_and_head_weights_price_edges_as_a_slow_loop_does():
                     price = (given_layers or (1.0, 1.0))[layer] * (given_heads or (1.0,) * 4)[head]
                     total += price * sum(expected[layer, b, head, q].item() for b in range(3) for q in range(5)) / 15
             assert found.item() == pytest.approx(total / 8, rel=4e-7)  # measured 1e-7, float32
+
+
+@pytest.mark.matches
+def test_head_closing_descends_the_sum_of_logarithms():
+    """At power 1 the gradient is that of mean(e) * mean(log(e + RARE)), the first factor held; any power, its own."""
+    expected = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected[0, :, 1] *= 1e-3  # a head that is nearly closed
+    for power in (0.5, 1.0):
+        leaf = expected.clone().requires_grad_()
+        priced_edges(leaf, recipe(head_closing=power)).backward()
+        twin = expected.clone().requires_grad_()
+        edges = twin.mean(dim=(1, 3)) + RARE
+        worth = edges.log() if power == 1.0 else edges.pow(1 - power) / (1 - power)
+        (edges.mean().detach().pow(power) * worth.mean()).backward()
+        assert torch.allclose(leaf.grad, twin.grad, rtol=1e-12)  # measured 4e-16, float64
+    assert leaf.grad[0, 0, 1, 0] > 20 * leaf.grad[1, 0, 1, 0]  # the nearly closed head pays most: measured 48 times
+
+
+@pytest.mark.stays
+def test_head_closing_leaves_like_heads_alone():
+    expected = torch.full((2, 1, 3, 4), 0.7)
+    assert torch.equal(priced_edges(expected, recipe(head_closing=1.0)), priced_edges(expected, recipe()))
 
 
 @pytest.mark.stays

@@ -83,9 +83,21 @@ class Objective:
         return losses(student, dense, given.tokens, given.counts, total=given.total, fused=fused, **weights), gates
 
 
+RARE = 0.01
+"""Edges per query added to every head before heads are compared: below it, a head counts as closed."""
+
+
 def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) -> Float[Tensor, ""]:
-    """The regulariser: expected edges per query per head, weighted by layer and head, meaned over all of them."""
+    """The regulariser: expected edges per query per head, weighted by layer and head, meaned over all of them.
+
+    `head_closing` c weighs head h with edges e_h by ((mean e + RARE) / (e_h + RARE)) ** c, held constant in the
+    gradient: reweighted l1 over heads (Candes, Wakin, Boyd 2008, arXiv:0711.1612), which for c = 1 descends the sum of
+    log(e_h + RARE). The edges are those of this micro-batch.
+    """
     by_head = expected.mean(dim=(1, 3))  # (L, H)
+    if recipe.head_closing:
+        now = by_head.detach() + RARE
+        by_head = by_head * (now.mean() / now) ** recipe.head_closing
     if recipe.layer_weights:
         by_head = by_head * by_head.new_tensor(recipe.layer_weights)[:, None]
     if recipe.head_weights:
