@@ -91,7 +91,7 @@ def as_masks(wiring: Wiring, masks: Bool[np.ndarray, "K J I"] | Float[np.ndarray
 
 
 def _chunk(
-    wiring: Wiring, prompts: Prompts, values: Any, masks: np.ndarray, options: dict[str, Any], memory: int
+    wiring: Wiring, prompts: Prompts, values: Any, masks: np.ndarray, options: dict[str, Any], memory: int | None
 ) -> Measured:
     prompts = prompts.to(wiring.device)
     full = run(wiring, prompts.clean, prompts.last, options).logits
@@ -119,7 +119,7 @@ def ablated_by_run(values: Any) -> bool:
 
 
 def _circuits(
-    wiring: Wiring, prompts: Prompts, ablated: Ablated, masks: np.ndarray, options: dict[str, Any], memory: int
+    wiring: Wiring, prompts: Prompts, ablated: Ablated, masks: np.ndarray, options: dict[str, Any], memory: int | None
 ) -> Iterator[Float[Tensor, "K B V"]]:
     """Logits of all circuits, as many at once as fit."""
     stack, room = circuits_at_once(wiring, ablated.shape, len(masks), memory), None

@@ -208,7 +208,9 @@ def pair(tmp_path_factory):
     two_steps(place / "started-alone")
     here = Path(__file__).resolve()
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[2]), "PYTHONWARNINGS": "error::UserWarning"}
+    paths = [here.parents[2], Path(store.__file__).parents[1]]
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    shared |= {"PYTHONWARNINGS": "error::UserWarning", "CUDA_VISIBLE_DEVICES": ""}  # gloo, also where there is a GPU
     processes = [
         subprocess.Popen(
             [sys.executable, str(here), str(place)],

@@ -480,7 +480,7 @@ def test_a_folder_holds_recipe_log_versions_seed_and_data(run):
     assert fe.read_recipe(folder / "recipe.yaml") == sparse.recipe
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == sparse.records
     facts = store.load(folder).facts
-    assert facts["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # PyPI's CUDA build says no more than 2.11.0
     assert (facts["seed"], facts["data"]) == (0, {"name": "noise", "seed": 0})
     assert facts["last_record"] == sparse.records[-1]
 
