@@ -84,20 +84,23 @@ def main() -> None:
 def groups(parts: tuple[str, ...], device: torch.device, dry: bool) -> Iterator[tuple[str, Callable]]:
     """Name and rows of every group; the dense row comes first."""
     shapes, tokens = (TINY, (33,)) if dry else (CELLS, TOKENS)
+    replay = (lambda run: run) if dry else graphed
     for name, (inputs, outputs, bias, plans) in shapes.items():
         for m in tokens:
             given = (f"{name} {inputs}->{outputs} M{m}", inputs, outputs, m, device)
             if "cells" in parts:
                 yield f"cells {given[0]}", functools.partial(time_cells, *given, bias, plans, lambda run: run, "")
-            if "graphs" in parts and (dry or "medium" in name or m == 1024):
-                wrap = (lambda run: run) if dry else graphed
-                yield f"graphs {given[0]}", functools.partial(time_cells, *given, bias, plans[:1], wrap, "graph ")
-    for name, (inputs, outputs, *_) in shapes.items() if "blocks" in parts else ():
+            if "graphs" in parts:
+                yield f"graphs {given[0]}", functools.partial(time_cells, *given, bias, plans, replay, "graph ")
+    for name, (inputs, outputs, *_) in shapes.items():
         for m in tokens:
             sides = (128, 256) if dry else (inputs, outputs)
             sizes = [(b, d) for b in ((32,) if dry else BLOCKS) for d in ((0.5,) if dry else DENSITIES)]
             given = (f"{name} {sides[0]}->{sides[1]} M{m}", *sides, m, device)
-            yield f"blocks {given[0]}", functools.partial(time_blocks, *given, sizes)
+            if "blocks" in parts:
+                yield f"blocks {given[0]}", functools.partial(time_blocks, *given, sizes, lambda run: run, "")
+            if "graphs" in parts:
+                yield f"graphs blocks {given[0]}", functools.partial(time_blocks, *given, sizes, replay, "graph ")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,17 +125,18 @@ def time_cells(shape, inputs, outputs, m, device, bias, plans, wrap, prefix, tim
                 yield beside(found, base[way], plan.density(outputs, inputs))
 
 
-def time_blocks(shape, inputs, outputs, m, device, sizes, timed) -> Iterator[dict]:
+def time_blocks(shape, inputs, outputs, m, device, sizes, wrap, prefix, timed) -> Iterator[dict]:
     """Dense, then random blocks by the kernel."""
     x = torch.randn(m, inputs, device=device).to(half(device)).requires_grad_()
     dense, base = nn.Linear(inputs, outputs, bias=False).to(device, x.dtype), {}
     for way, run in ways(dense, x):
-        base[way] = timed(f"dense {way}", shape, run)
+        base[way] = timed(f"{prefix}dense {way}", shape, wrap(run))
         yield base[way] | {"density": 1, "speedup": 1}
     for b, density in sizes:
         index, layer = random_blocks(inputs, outputs, b, density, x)
         for way, run in ways(layer, x):
-            yield beside(timed(f"blocks {b} d{density} {way}", shape, run), base[way], index.density)
+            found = timed(f"{prefix}blocks {b} d{density} {way}", shape, wrap(run))
+            yield beside(found, base[way], index.density)
 
 
 class BlockLinear(nn.Module):

@@ -13,6 +13,7 @@ from fewedges.draw.heads import heads
 from fewedges.draw.lines import training_curve
 from fewedges.draw.panel import Panel, panels
 from fewedges.draw.theme import THEMES, Theme, save
+from fewedges.draw.training import races
 
 __all__ = [
     "THEMES",
@@ -28,6 +29,7 @@ __all__ = [
     "explained_effect",
     "heads",
     "panels",
+    "races",
     "save",
     "speedups",
     "training_curve",

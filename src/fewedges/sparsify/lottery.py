@@ -60,8 +60,9 @@ def find_ticket(loaded: Loaded, recipe: Tickets, train: Train, keep_dense: tuple
 def smaller(matrices: dict[str, Matrix], masks: Masks, rate: float, scope: str = "matrix") -> Masks:
     """Prune a fraction `rate` of what is kept, smallest magnitudes first, in every matrix or over all of them."""
     magnitude = SCORES["magnitude"]
+    gone = {name: ~masks.patterns[name].mask().to(matrix.weight.device) for name, matrix in matrices.items()}
     scores = {
-        name: magnitude.of(matrix.weight, Evidence()).masked_fill(~masks.patterns[name].mask(), -torch.inf)
+        name: magnitude.of(matrix.weight, Evidence()).masked_fill(gone[name], -torch.inf)
         for name, matrix in matrices.items()
     }
     left = {name: masks.patterns[name].nnz for name in matrices}
