@@ -33,22 +33,31 @@ def _without_first(found: Any) -> Any:
 
 def draw_explained(found: Sequence[Any], out: Path, *, name: str = "", theme: str = "light") -> list[Path]:
     """Write the curves of explained tasks, one column each, and both models' circuits of each; return the files."""
+    end = f"{'-' if name else ''}{name}-{theme}"
+    files = draw_effects(found, out / f"explained-effect{end}", theme=theme)
+    for one in found:
+        task = "".join(c if c.isalnum() else "-" for c in one.task.lower()).strip("-")
+        files += draw_circuits(one, out / f"circuit-{task}{end}", theme=theme)
+    return files
+
+
+def draw_effects(found: Sequence[Any], stem: Path, *, theme: str = "light") -> list[Path]:
+    """Write the curves of explained tasks, one column each."""
     from fewedges.draw import save
-    from fewedges.draw.circuit import circuits
     from fewedges.draw.curve import explained_effect
 
-    out.mkdir(parents=True, exist_ok=True)
-    end = f"{'-' if name else ''}{name}-{theme}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
     models = sorted({one.model for one in found})
-    figure = explained_effect([_effects(one) for one in found], title=", ".join(models), theme=theme)
-    files = save(figure, out / f"explained-effect{end}")
-    for one in found:
-        panels = [_circuit(one, label) for label in ("dense", "sparse") if one.circuits.get(label)]
-        if panels:
-            task = "".join(c if c.isalnum() else "-" for c in one.task.lower()).strip("-")
-            figure = circuits(panels, title=one.task, theme=theme)
-            files += save(figure, out / f"circuit-{task}{end}")
-    return files
+    return save(explained_effect([_effects(one) for one in found], title=", ".join(models), theme=theme), stem)
+
+
+def draw_circuits(found: Any, stem: Path, *, theme: str = "light") -> list[Path]:
+    """Write the dense and the sparse circuit of an explained task side by side; nothing where neither is known."""
+    from fewedges.draw import circuits, save
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    panels = [_circuit(found, label) for label in ("dense", "sparse") if found.circuits.get(label)]
+    return save(circuits(panels, title=found.task, theme=theme), stem) if panels else []
 
 
 def draw_positions(

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fewedges.draw import save
 from fewedges.draw.curve import Curve, Effects, explained_effect, ratio, reaches
@@ -216,3 +217,20 @@ def test_lines_bands_axes_and_tasks_are_named():
         assert label in written
     bare = [curve(label, band=False) for label in ("dense", "sparse")]
     assert "95% interval" not in texts(explained_effect([Effects(title="IOI", edges=bare)]))
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_key_stays_on_the_paper(count):
+    labels = ("dense", "control", "random circuits", "another one", "sparse")
+    curves = [Curve(label=label, edges=[1, 9], effect=[0.1, 1], low=[0, 1], high=[0.2, 1]) for label in labels]
+    figure = explained_effect([Effects(title=str(n), edges=curves) for n in range(count)])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    words = [text for text in figure.texts if text.get_text() in (*labels, "95% interval")]
+    assert len(words) == 6
+    edges = [text.get_window_extent() for text in words]
+    assert min(box.x0 for box in edges) > 0
+    assert max(box.x1 for box in edges) < figure.bbox.width
+    axes = [box for axis in figure.axes if (box := axis.get_tightbbox()) is not None]
+    assert max(box.y1 for box in edges) < min(box.y0 for box in axes)

@@ -4,7 +4,7 @@ Columns are tasks; the upper row counts circuit edges, the lower one heads. Afte
 arXiv:2512.05865.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from fewedges.errors import DataError
 LEFT, RIGHT, GAP = 0.42, 0.1, 0.16  # inches beside and between the panels
 HIGH, BETWEEN, BELOW, ABOVE = 1.3, 0.42, 0.62, 0.24  # a panel; between rows; under the last row; over the first
 NARROWEST = 1.3  # inches: a panel where four do not fit
+KEY, SAMPLE = 0.15, 0.42  # inches: a further line of the key; what an entry takes beside its words
 LOWEST, HIGHEST = -0.5, 1.5  # an effect beyond is cut off: a circuit of a few edges can have any
 
 
@@ -92,7 +93,7 @@ def explained_effect(
     if not rows:
         raise DataError("explained_effect(tasks)", f"no curve in {len(tasks)} tasks", "Effects with at least one Curve")
     with styled(theme) as look:
-        plan = arrange(tasks, rows, title)
+        plan = arrange(tasks, rows, title, interval)
         figure = Figure(figsize=(plan.width, plan.height))
         for row, name in enumerate(rows):
             for column, task in enumerate(tasks):
@@ -104,7 +105,7 @@ def explained_effect(
             middle, top = plan.left(column) + plan.panel / 2, plan.bottom(0) + HIGH + 0.06
             style: dict[str, Any] = {"size": TITLE, "weight": "bold", "ha": "center", "parse_math": False}
             figure.text(middle, top, legible(task.title), **style, **inches(figure))
-        draw_key(figure, plan, look, interval)
+        draw_key(figure, plan, look)
         draw_title(figure, title, plan.width / 2, "center")
         return figure
 
@@ -118,7 +119,8 @@ class Plan:
     rows: int
     above: float
     labels: tuple[str, ...]
-    bands: bool
+    key: list[list[tuple[str, str]]]
+    """Its lines: label ("" for the bands) and words of every entry."""
     low: float
     high: float
 
@@ -128,7 +130,7 @@ class Plan:
 
     @property
     def height(self) -> float:
-        return BELOW + self.rows * HIGH + (self.rows - 1) * BETWEEN + self.above
+        return self.bottom(0) + HIGH + self.above
 
     def look(self, label: str) -> Look:
         """The same look for a label in every panel."""
@@ -142,23 +144,26 @@ class Plan:
 
     def bottom(self, row: int) -> float:
         """Lower edge of a panel."""
-        return BELOW + (self.rows - 1 - row) * (HIGH + BETWEEN)
+        return BELOW + (len(self.key) - 1) * KEY + (self.rows - 1 - row) * (HIGH + BETWEEN)
 
 
-def arrange(tasks: list[Effects], rows: list[str], title: str) -> Plan:
+def arrange(tasks: list[Effects], rows: list[str], title: str, interval: str) -> Plan:
     """Choose sizes: one column of a paper for one or two tasks, two for more; one scale of effects for all."""
     curves = [curve for task in tasks for name in rows for curve in getattr(task, name)]
     count = len(tasks)
     room = (ONE_COLUMN if count <= 2 else TWO_COLUMNS) - LEFT - RIGHT - (count - 1) * GAP
     values = np.concatenate([np.clip(curve.effect[curve.edges >= 1], LOWEST, HIGHEST) for curve in curves])
     values = values[np.isfinite(values)]
+    panel, labels = max(NARROWEST, room / count), tuple(dict.fromkeys(curve.label for curve in curves))
+    bands = any(curve.low is not None and curve.high is not None for curve in curves)
+    entries = [(label, legible(label)) for label in labels] + [("", interval)] * bands
     return Plan(
-        panel=max(NARROWEST, room / count),
+        panel=panel,
         count=count,
         rows=len(rows),
         above=ABOVE + (0.2 if title else 0.0),
-        labels=tuple(dict.fromkeys(curve.label for curve in curves)),
-        bands=any(curve.low is not None and curve.high is not None for curve in curves),
+        labels=labels,
+        key=list(broken(entries, count * (panel + GAP))),
         low=min(0.0, *values) - 0.04,
         high=max(1.0, *values) + 0.06,
     )
@@ -263,21 +268,34 @@ def short(value: float) -> str:
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
-def draw_key(figure: Figure, plan: Plan, look: Theme, interval: str) -> None:
-    """Name the lines and bands in one row at the bottom."""
-    names = [legible(label) for label in plan.labels] + ([interval] if plan.bands else [])
-    widths = [text_width(name, SMALL) + 0.42 for name in names]
-    x, y = (plan.width - sum(widths) + 0.14) / 2, 0.12
+def broken(entries: list[tuple[str, str]], room: float) -> Iterator[list[tuple[str, str]]]:
+    """The entries of the key as lines that fit into so many inches, at least one entry a line."""
+    line: list[tuple[str, str]] = []
+    for entry in entries:
+        if line and sum(text_width(words, SMALL) + SAMPLE for _, words in [*line, entry]) > room:
+            yield line
+            line = []
+        line.append(entry)
+    yield line
+
+
+def draw_key(figure: Figure, plan: Plan, look: Theme) -> None:
+    """Name the lines and bands at the bottom."""
     place = inches(figure)
-    for index, (name, width) in enumerate(zip(names, widths, strict=True)):
-        if index < len(plan.labels):
-            style = plan.look(plan.labels[index])
-            line: dict[str, Any] = {"color": look.series[style.colour], "ls": style.dash, "lw": style.width}
-            figure.add_artist(Line2D([x, x + 0.22], [y, y], **line, **place))
-        else:
-            figure.add_artist(Rectangle((x, y - 0.04), 0.22, 0.08, fc=look.muted, alpha=0.25, lw=0, **place))
-        figure.text(x + 0.26, y, name, size=SMALL, color=look.muted, va="center_baseline", parse_math=False, **place)
-        x += width
+    for number, entries in enumerate(reversed(plan.key)):
+        widths = [text_width(words, SMALL) + SAMPLE for _, words in entries]
+        x, y = (plan.width - sum(widths) + 0.14) / 2, 0.12 + number * KEY
+        for (label, words), width in zip(entries, widths, strict=True):
+            if label:
+                style = plan.look(label)
+                line: dict[str, Any] = {"color": look.series[style.colour], "ls": style.dash, "lw": style.width}
+                figure.add_artist(Line2D([x, x + 0.22], [y, y], **line, **place))
+            else:
+                figure.add_artist(Rectangle((x, y - 0.04), 0.22, 0.08, fc=look.muted, alpha=0.25, lw=0, **place))
+            figure.text(
+                x + 0.26, y, words, size=SMALL, color=look.muted, va="center_baseline", parse_math=False, **place
+            )
+            x += width
 
 
 def check_curve(curve: Curve) -> None:

@@ -1,0 +1,31 @@
+"""The figures of circuits between components, from what `fewedges explain` saved.
+
+    python scripts/circuit_figures.py results/circuits docs/figures
+
+draws RESULTS/circuits-TASK.json of four tasks as one figure (explained-effect), RESULTS/mean/circuits-TASK.json the
+same with mean ablation, and the two circuits of Greater Than side by side (connectivity), light and dark.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from attention_circuits import NAMES
+
+from fewedges.explain.explaining import read_explained
+from fewedges.pictures import draw_circuits, draw_effects
+
+
+def main(results: Path, out: Path) -> None:
+    for folder, end in ((results, ""), (results / "mean", "-mean")):
+        paths = {title: folder / f"circuits-{task}.json" for task, title in NAMES.items()}
+        found = {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
+        for theme in ("light", "dark"):
+            files = draw_effects(list(found.values()), out / f"explained-effect{end}-{theme}", theme=theme)
+            if not end:
+                files += draw_circuits(found["Greater Than"], out / f"connectivity-{theme}", theme=theme)
+            print(*files, sep="\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))
