@@ -42,9 +42,9 @@ def headline() -> str:
     read = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "smollm2-1024").glob("*-seed-?.json")}
     first = read["headline-seed-0"]
     rows = [("dense", first, "dense")]
-    rows += [(f"control, seed {seed}", read[f"headline-seed-{seed}"], "control") for seed in (0, 1)]
     for leg, name in (("headline", "sparse"), ("sparser", "sparser")):
-        rows += [(f"{name}, seed {seed}", read[f"{leg}-seed-{seed}"], "sparse") for seed in (0, 1)]
+        for title, label in ((f"control of {name}", "control"), (name, "sparse")):
+            rows += [(f"{title}, seed {seed}", read[f"{leg}-seed-{seed}"], label) for seed in (0, 1)]
     head = ["", "edges per query per head", "density", f"cross-entropy, validation ({first['tokens']:,} tokens)", "KL"]
     head += [f"cross-entropy, WikiText-2 test ({first['wikitext2']['tokens']:,} tokens)", "KL", "BLiMP", "IOI"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
