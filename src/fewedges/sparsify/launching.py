@@ -18,8 +18,8 @@ from fewedges.errors import ModelError, RecipeError
 from fewedges.sparsify.attention.kernel import _interpreted
 
 Kernel = Literal["reference", "triton"]
-WARM, TIMED = 2, 7
-"""Runs of every candidate before and while it is timed."""
+WARM, TIMED, ROW = 2, 7, 10
+"""Runs of every candidate before it is timed, replays that are timed, and runs in one of them."""
 
 T = TypeVar("T", bound=tuple[Any, ...])
 Key = tuple[str, tuple[int, ...], str, str]
@@ -75,20 +75,37 @@ def fastest(what: str, shape: tuple[int, ...], like: Tensor, tiles: Sequence[T],
 
 
 def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
-    """Median milliseconds; infinite, with the reason, where the device has too little memory or registers."""
+    """Median milliseconds; infinite, with the reason, where the device has too little memory or registers.
+
+    Runs are replayed as a CUDA graph: launching from Python takes longer than many of these kernels.
+    """
     try:
         for _ in range(WARM):
             launch(tile)
-        torch.cuda.synchronize()
+        graph = _captured(lambda: [launch(tile) for _ in range(ROW)])
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED)]
         for start, end in events:
             start.record()
-            launch(tile)
+            graph.replay()
             end.record()
         torch.cuda.synchronize()
     except Exception as error:  # what a compiler throws has no common type; the reason is kept and shown
         return float("inf"), f"{type(error).__name__}: {str(error)[:200]}"
-    return statistics.median(start.elapsed_time(end) for start, end in events), ""
+    return statistics.median(start.elapsed_time(end) for start, end in events) / ROW, ""
+
+
+def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """What `run` launches, as a CUDA graph (without torch.cuda.graph's garbage collection, 0.1 s a capture)."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")  # autograd has a thread of its own
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
 
 
 def untraced(function: Callable[..., Tensor], *given: Any) -> Tensor:
