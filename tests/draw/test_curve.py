@@ -234,3 +234,12 @@ def test_the_key_stays_on_the_paper(count):
     assert max(box.x1 for box in edges) < figure.bbox.width
     axes = [box for axis in figure.axes if (box := axis.get_tightbbox()) is not None]
     assert max(box.y1 for box in edges) < min(box.y0 for box in axes)
+
+
+@pytest.mark.stays
+def test_a_control_that_only_later_tasks_have_takes_no_other_look():
+    few, more = task("a", labels=("dense", "sparse"), halves=(300, 10)), task("b")
+    seen = explained_effect([few, more])
+    alone = explained_effect([more])
+    for label in ("dense", "control", "sparse"):
+        assert line(seen, f"edges-1-{label}").get_color() == line(alone, f"edges-0-{label}").get_color()

@@ -154,16 +154,17 @@ def arrange(tasks: list[Effects], rows: list[str], title: str, interval: str) ->
     room = (ONE_COLUMN if count <= 2 else TWO_COLUMNS) - LEFT - RIGHT - (count - 1) * GAP
     values = np.concatenate([np.clip(curve.effect[curve.edges >= 1], LOWEST, HIGHEST) for curve in curves])
     values = values[np.isfinite(values)]
-    panel, labels = max(NARROWEST, room / count), tuple(dict.fromkeys(curve.label for curve in curves))
+    last = next(group[-1].label for name in rows for task in tasks if (group := getattr(task, name)))
+    labels = (*(label for label in dict.fromkeys(curve.label for curve in curves) if label != last), last)
     bands = any(curve.low is not None and curve.high is not None for curve in curves)
     entries = [(label, legible(label)) for label in labels] + [("", interval)] * bands
     return Plan(
-        panel=panel,
+        panel=max(NARROWEST, room / count),
         count=count,
         rows=len(rows),
         above=ABOVE + (0.2 if title else 0.0),
         labels=labels,
-        key=list(broken(entries, count * (panel + GAP))),
+        key=list(broken(entries, room + count * GAP)),
         low=min(0.0, *values) - 0.04,
         high=max(1.0, *values) + 0.06,
     )
