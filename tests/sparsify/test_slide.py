@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewedges.errors import RecipeError
-from fewedges.sparsify.slide import SlideLinear
+from fewedges.sparsify.slide import RowAdam, SlideLinear
 from fewedges.sparsify.slide_hash import ATTEMPTS, Functions, Hashing, Tables
 
 KINDS = ["simhash", "wta", "dwta"]
@@ -145,6 +145,42 @@ def test_active_neurons_are_found_often_enough_or_labels_or_fill_up(seed, above,
         assert len(mine) == max(len(sure), least)
 
 
+@pytest.mark.stays
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(0, 1), st.sampled_from([1, 3, 8, 60]))
+def test_of_the_found_those_found_most_often_are_kept(seed, above, most):
+    layer, x, _ = layer_and_inputs(seed, above=above, most=most)
+    row, neuron = layer.active(x)
+    vector, found, times = (part.tolist() for part in layer.tables.find(layer.functions.keys(x)))
+    for i in range(7):
+        count = {n: t for v, n, t in zip(vector, found, times, strict=True) if v == i and t > above}
+        mine = neuron[row == i].tolist()
+        assert sorted((count[n] for n in mine), reverse=True) == sorted(count.values(), reverse=True)[:most]
+        assert mine == sorted(set(mine))
+
+
+@pytest.mark.stays
+def test_of_equally_often_found_ones_each_is_kept_equally_often():
+    torch.manual_seed(0)
+    layer = SlideLinear(12, 60, Hashing(codes=1, tables=1), most=5)
+    x = torch.randn(1, 12)
+    found = layer.tables.find(layer.functions.keys(x))[1]
+    kept = torch.bincount(layer.active(x.expand(2000, 12))[1], minlength=60)
+    share = kept[found] / 2000 * len(found) / 5
+    assert kept.sum() == 10_000 == kept[found].sum()
+    assert float((share - 1).abs().max()) < 0.4  # measured .12; the first five alone would be 6.8
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("least", [5, 50])
+def test_what_fills_up_is_drawn_evenly(least):
+    """5 are drawn and drawn again, of 50 of 60 the places in line are."""
+    torch.manual_seed(0)
+    layer = SlideLinear(12, 60, Hashing(codes=40, tables=1), least=least)
+    kept = torch.bincount(layer.active(torch.randn(4000, 12))[1], minlength=60) / 4000
+    assert float((kept - least / 60).abs().max()) < 0.03  # measured .015; a standard deviation is .004 to .006
+
+
 @pytest.mark.matches
 def test_logits_loss_and_gradients_are_those_of_a_softmax_over_the_active():
     layer, x, labels = layer_and_inputs(above=0, least=10)
@@ -182,6 +218,22 @@ def test_only_active_neurons_move_and_tables_follow_on_time():
     assert layer.seed == 1
     assert not torch.equal(layer.functions.projection, old.projection)
     assert torch.equal(layer.tables.key, Tables.of(layer.functions.keys(layer.weight), 128).key)
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("width", [1, 12])
+def test_rows_move_as_by_sparse_adam(width):
+    torch.manual_seed(0)
+    mine = torch.nn.Parameter(torch.randn(3000, width))
+    slow = torch.nn.Parameter(mine.detach().clone())
+    optimizers = RowAdam([mine], 0.05, eps=1e-4), torch.optim.SparseAdam([slow], 0.05, eps=1e-4)
+    for step in range(4):
+        rows = torch.randint(0, 3000, (1, 20_000)) if step % 2 else torch.arange(0, 3000, 2)[None]  # twice, or in order
+        for weight, optimizer in zip((mine, slow), optimizers, strict=True):
+            value = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(step))
+            weight.grad = torch.sparse_coo_tensor(rows, value, weight.shape, check_invariants=True)
+            optimizer.step()
+    torch.testing.assert_close(mine, slow, rtol=0, atol=9e-7)  # measured 2.4e-7
 
 
 @pytest.mark.reproduces
@@ -254,6 +306,8 @@ def test_a_wide_layer_learns_from_few_neurons_better_than_from_random_ones():
         lambda: Functions(Hashing(kind="wta", bin=8), 4),
         lambda: SlideLinear(4, 8, least=9),
         lambda: SlideLinear(4, 8, refill=0),
+        lambda: SlideLinear(4, 8, most=0),
+        lambda: SlideLinear(4, 8).bfloat16()(torch.randn(1, 4)),
         lambda: SlideLinear(4, 8, Hashing(codes=60, tables=1))(torch.randn(1, 4)).loss(torch.tensor([[3]])),
     ],
 )

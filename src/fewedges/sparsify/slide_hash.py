@@ -11,6 +11,7 @@ Shapes: M vectors, d width, L tables, K codes of a key, N neurons, P found pairs
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +23,8 @@ RATIO = 3
 ATTEMPTS = 100
 """Other codes that an empty one asks before it stays 0."""
 HASHES = ("simhash", "wta", "dwta")
+AT_ONCE = 512
+"""Vectors hashed together: what they need fits a core's cache (128 to 2048 are within a tenth of each other)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +75,47 @@ class Functions:
 
     def codes(self, x: Float[Tensor, "M d"]) -> Int[Tensor, "M L K"]:
         """The codes of every vector."""
-        x = x.detach().float()
-        if self.hashing.kind == "simhash":
-            found = (x @ self.projection >= 0).long()
-        elif self.hashing.kind == "wta":
-            found = x[:, self.coordinates].argmax(-1)
-        else:
-            found = self._densified(x[:, self.coordinates])
-        return found.unflatten(1, (self.hashing.tables, self.hashing.codes))
+        return torch.cat([self._codes(part) for part in x.detach().float().split(AT_ONCE)]).long()
 
     def keys(self, x: Float[Tensor, "M d"]) -> Int[Tensor, "M L"]:
         """The key of every vector in every table: its codes as the digits of a number."""
-        digits = self.hashing.base ** torch.arange(self.hashing.codes, device=x.device)
-        return (self.codes(x) * digits).sum(-1)
+        return torch.cat([self._keys(part) for part in x.detach().float().split(AT_ONCE)])
 
-    def _densified(self, values: Float[Tensor, "M LK bin"]) -> Int[Tensor, "M LK"]:
+    def _keys(self, x: Float[Tensor, "S d"]) -> Int[Tensor, "S L"]:
+        codes = self._codes(x)
+        key = codes[..., -1].long()
+        for code in reversed(codes.unbind(-1)[:-1]):
+            key = key.mul_(self.hashing.base).add_(code)
+        return key
+
+    def _codes(self, x: Float[Tensor, "S d"]) -> Int[Tensor, "S L K"]:
+        if self.hashing.kind == "simhash":
+            found = (x @ self.projection >= 0).byte()
+        else:
+            found = self._winners(x).T
+            zero = x == 0
+            if self.hashing.kind == "dwta" and zero.any():
+                found = self._densified(x, zero)
+        return found.unflatten(1, (self.hashing.tables, self.hashing.codes))
+
+    def _winners(self, x: Float[Tensor, "S d"]) -> Int[Tensor, "LK S"]:
+        """Place of the largest coordinate of every bin, the first of equal ones: a bin's argmax, coordinate by
+        coordinate over whole rows (a third of argmax's time)."""
+        columns = x.T.contiguous()
+        best = columns.index_select(0, self.coordinates[:, 0])
+        kind = torch.uint8 if self.hashing.bin <= 256 else torch.int32
+        found = torch.zeros(best.shape, dtype=kind, device=x.device)
+        for place in range(1, self.hashing.bin):
+            value = columns.index_select(0, self.coordinates[:, place])
+            larger = (value > best).to(kind).mul_(place)
+            torch.maximum(found, larger, out=found)  # masked_fill_ took 30 times as long
+            torch.maximum(best, value, out=best)
+        return found
+
+    def _densified(self, x: Float[Tensor, "S d"], zero: Tensor) -> Int[Tensor, "S LK"]:
         """Winners among the coordinates that are not zero; where all are, the code of another function."""
-        there = values != 0
-        own, empty = values.masked_fill(~there, -torch.inf).argmax(-1), ~there.any(-1)
+        own = self._winners(x.masked_fill(zero, -torch.inf)).T
+        empty = zero.T[self.coordinates].all(1).T  # (S, LK)
         found, missing = own.masked_fill(empty, 0), empty.clone()
         for other in self.others:
             if not missing.any():
@@ -105,31 +131,43 @@ class Tables:
     """Neurons by key in L tables; a bucket holds at most `capacity`, the latest (first in, first out)."""
 
     key: Int[Tensor, "L N"]
-    """Keys of the neurons kept, sorted; those pushed out have the largest number there is."""
+    """Keys of the neurons, sorted."""
     neuron: Int[Tensor, "L N"]
+    capacity: int
 
     @classmethod
     def of(cls, keys: Int[Tensor, "N L"], capacity: int) -> "Tables":
         """Insert neurons 0, 1, 2, ... by their keys."""
-        sorted_, neuron = keys.T.sort(dim=-1, stable=True)
-        after = torch.searchsorted(sorted_.contiguous(), sorted_.contiguous(), right=True)  # end of each one's bucket
-        pushed = after - torch.arange(keys.shape[0], device=keys.device) > capacity
-        key, order = sorted_.masked_fill(pushed, torch.iinfo(torch.long).max).sort(dim=-1, stable=True)
-        return cls(key.contiguous(), neuron.gather(1, order))
+        keys = keys.T.contiguous()
+        neuron = _stable_order(keys)
+        return cls(keys.gather(1, neuron), neuron, capacity)
 
     def find(self, keys: Int[Tensor, "M L"]) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"], Int[Tensor, "P"]]:
         """Look vectors up: pairs (vector, neuron) in order, and in how many tables each was found."""
         asked = keys.T.contiguous()  # (L, M)
-        begin = torch.searchsorted(self.key, asked)
-        counts = torch.searchsorted(self.key, asked, right=True) - begin
-        flat, first = counts.flatten(), (begin + torch.arange(len(asked), device=keys.device)[:, None] * self.size)
+        end = torch.searchsorted(self.key, asked, right=True)
+        counts = (end - torch.searchsorted(self.key, asked)).clamp(max=self.capacity)
+        first = end - counts + self.size * torch.arange(len(asked), device=keys.device)[:, None]
+        flat = counts.flatten()
         start = (first.flatten() - (flat.cumsum(0) - flat)).repeat_interleave(flat)
-        neuron = self.neuron.flatten()[start + torch.arange(len(start), device=keys.device)]
+        neuron = self.neuron.flatten().index_select(0, start + torch.arange(len(start), device=keys.device))
         vector = torch.arange(len(keys), device=keys.device).repeat(len(asked)).repeat_interleave(flat)
-        pair, times = torch.unique(vector * self.size + neuron, return_counts=True)
-        return pair // self.size, pair % self.size, times
+        pair = vector * self.size + neuron
+        if len(keys) * self.size < 2**31:
+            pair = pair.int()  # sorts in half the time
+        pair, times = torch.unique_consecutive(pair.sort().values, return_counts=True)
+        pair = pair.long()
+        vector = pair // self.size
+        return vector, pair - vector * self.size, times
 
     @property
     def size(self) -> int:
         """N."""
         return self.neuron.shape[1]
+
+
+def _stable_order(keys: Int[Tensor, "L N"]) -> Int[Tensor, "L N"]:
+    """Stable argsort of every row. NumPy sorts 16-bit numbers by radix, in a tenth of torch's time."""
+    if keys.device.type == "cpu" and int(keys.max()) < 2**16:
+        return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), axis=-1, kind="stable"))
+    return keys.sort(dim=-1, stable=True).indices
