@@ -79,7 +79,7 @@ def learn_mask(
             "learn_mask", f"density={density}, steps={steps}, rate={rate}", "0 < density < 1, 1 step, rate > 0"
         )
     options, graph = options or {}, wiring.graph
-    room = (memory or memory_for(wiring)) // 3
+    room = memory_for(wiring, memory) // 3
     size = min(len(prompts), prompts_at_once(wiring, prompts.clean.shape[1], room, gradients=True))
     real = torch.from_numpy(graph.real).to(wiring.device)
     scores = torch.full(graph.real.shape, 2.0, device=wiring.device, requires_grad=True)

@@ -78,9 +78,9 @@ def at_last(x: Float[Tensor, "B T D"], last: Int[Tensor, "B"]) -> Float[Tensor, 
     return x[torch.arange(len(last), device=x.device), last][:, None]
 
 
-def memory_for(wiring: Wiring) -> int:
-    """The default limit on the device the model is on."""
-    return MEMORY.get(wiring.device.type, MEMORY["cpu"])
+def memory_for(wiring: Wiring, memory: int | None) -> int:
+    """`memory`, or where it is None the default limit on the device the model is on."""
+    return MEMORY.get(wiring.device.type, MEMORY["cpu"]) if memory is None else memory
 
 
 def prompts_at_once(wiring: Wiring, tokens: int, memory: int | None = None, *, gradients: bool = False) -> int:
@@ -91,7 +91,7 @@ def prompts_at_once(wiring: Wiring, tokens: int, memory: int | None = None, *, g
     """
     graph, width = wiring.graph, wiring.blocks[0].weight.shape[-1]
     rows = graph.sources + 4 * graph.readers + (42 if gradients else 2) * graph.layers + 2
-    return max(1, (memory or memory_for(wiring)) // (rows * tokens * width * wiring.dtype.itemsize))
+    return max(1, memory_for(wiring, memory) // (rows * tokens * width * wiring.dtype.itemsize))
 
 
 # -- circuits ------------------------------------------------------------------------------------------------------
