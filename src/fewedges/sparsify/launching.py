@@ -95,7 +95,7 @@ def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
 
 
 def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """What `run` launches, as a CUDA graph (without torch.cuda.graph's garbage collection, 0.1 s a capture)."""
+    """What `run` launches, as a CUDA graph; torch.cuda.graph would also collect garbage and empty the cache."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
