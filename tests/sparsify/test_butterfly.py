@@ -19,6 +19,7 @@ from fewedges.sparsify.butterfly import (
     tiled_butterfly,
 )
 
+seeds = st.integers(0, 2**20)
 grids = st.integers(0, 5).flatmap(lambda p: st.tuples(st.just(2**p), st.integers(0, p)))
 
 
@@ -104,9 +105,10 @@ def test_the_random_control_is_regular_and_has_as_many_cells(grid_and_live, seed
 
 @pytest.mark.matches
 @settings(max_examples=25, deadline=None)
-@given(grids, st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.sampled_from(["butterfly", "random"]))
-def test_the_gathered_product_and_its_gradients_are_those_of_the_dense_matrix(cells, height, width, rank, layout):
+@given(grids, st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.sampled_from(["butterfly", "random"]), seeds)
+def test_the_gathered_product_and_its_gradients_are_those_of_the_dense_matrix(cells, height, width, rank, layout, seed):
     grid, factors = cells
+    torch.manual_seed(seed)
     layer = PixelatedLinear(grid * width, grid * height, Plan(grid, factors, rank, layout)).double()
     x = torch.randn(2, 3, grid * width, dtype=torch.double, requires_grad=True)
     mask = layer.plan.pattern(grid * height, grid * width).mask()
@@ -115,12 +117,13 @@ def test_the_gathered_product_and_its_gradients_are_those_of_the_dense_matrix(ce
     assert torch.equal(sparse, slow_dense(layer.sparse, layer.plan))
     wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
     mine = layer(x)
-    torch.testing.assert_close(mine, wanted, rtol=0, atol=2.6e-15)  # measured 7e-16
+    assert (mine - wanted).norm() <= 2.2e-15 * (1 + wanted.norm())  # measured 5.5e-16 in 5,000 layers
     leaves = [x, *layer.parameters()]
     upstream = torch.randn_like(mine)
     slow = torch.autograd.grad(wanted, leaves, upstream)
     for a, b in zip(torch.autograd.grad(mine, leaves, upstream), slow, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2.8e-14)  # measured 7e-15
+        scale = 1 + (b.norm() if b.dim() else upstream.norm() * wanted.norm())  # sums may cancel, gamma's most
+        assert (a - b).norm() <= 3.3e-15 * scale  # measured 8.3e-16 in 5,000 layers
 
 
 def slow_dense(cells, plan):
