@@ -38,6 +38,8 @@ def _line(record: dict[str, Any]) -> str:
             f"edges/query/head {record['edges_per_query_per_head']:.3f}",
             f"multiplier {record['multiplier']:.2e}",
         ]
+    if "open_heads" in record:
+        parts.append(f"heads {record['open_heads']:.0f}")
     left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
     return "  ".join([*parts, f"{record['tokens_per_second']:,} tokens/s", f"{left:.0f} s left"])
 

@@ -31,6 +31,8 @@ class SparseAttention:
     """Constraint: cross-entropy may exceed the dense model's by this, nats per token. None: not constrained."""
     target_edges: float | None = None
     """The constraint turned around: this many edges per query per head, at the least loss (both margins None)."""
+    target_heads: int | None = None
+    """Leave this many attention heads open in the whole model: a second price, on heads, finds them. None: no price."""
     slack: float = 0.0
     """Extra margin at full learning rate, falling with it to 0: room for the noise of large steps, nats per token."""
     cooling: bool = False
@@ -61,6 +63,8 @@ class SparseAttention:
 
     multiplier_start: float = 2e-3
     """Price of one edge per query per head, in nats, at step 0."""
+    head_multiplier_start: float = 0.1
+    """Price of all heads being open, in nats, at step 0; it moves by the same law as the price of an edge."""
     multiplier_rate: float = 0.02
     """Largest change of log(multiplier) in one step."""
     multiplier_width: float = 0.02
@@ -121,8 +125,9 @@ class SparseAttention:
         positive = "slack kl_weight loss_weight head_closing weight_decay warmup_steps anneal_steps anneal_from"
         _check(self, positive, lambda x: x >= 0, "at least 0")
         strictly = (
-            "target_edges multiplier_start multiplier_rate multiplier_width learning_rate bias_learning_rate clip "
-            "lora_rank batch_size micro_batch steps tokens minutes log_every checkpoint_every"
+            "target_edges target_heads multiplier_start head_multiplier_start multiplier_rate multiplier_width "
+            "learning_rate bias_learning_rate clip lora_rank batch_size micro_batch steps tokens "
+            "minutes log_every checkpoint_every"
         )
         _check(self, strictly, lambda x: x > 0, "more than 0")
         _check(self, "context_length", lambda x: x >= 2, "at least 2")

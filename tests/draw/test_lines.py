@@ -94,6 +94,7 @@ def test_panels_appear_with_their_values():
 
     assert panels() == 3
     assert panels(control_cross_entropy=3.09) == 4
+    assert panels(open_heads=81.0) == 4
     assert panels(multiplier=None) == 2
     assert panels(multiplier=None, kl=None) == 1
 

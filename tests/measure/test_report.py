@@ -77,12 +77,15 @@ def test_every_number_is_that_of_its_model(text):
     assert edges.mean() == pytest.approx(report.rows["sparse"]["edges_per_query_per_head"], abs=5e-5)  # four decimals
 
 
+ROUNDED = 2e-6  # measured 1.9e-8 here, 3.1e-7 on another machine: an ulp of float32 at 4.3 nats is 4.8e-7
+
+
 @pytest.mark.matches
 def test_the_batch_size_changes_no_number(text):
     one, many = (measured(text, batch_size=size).rows for size in (1, 16))
     for label in one:
         for name in ROW - {"perplexity"}:
-            assert one[label][name] == pytest.approx(many[label][name], abs=7e-8), name  # measured 1.9e-8
+            assert one[label][name] == pytest.approx(many[label][name], abs=ROUNDED), name
 
 
 @pytest.mark.reproduces

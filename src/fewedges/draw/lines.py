@@ -53,6 +53,7 @@ CURVES = (
             Line(key="dense_edges", label="dense", colour=3, dash="--", last=True),
         ),
     ),
+    Rows(name="open heads", needs="open_heads", log=False, lines=(Line(key="open_heads", label="", last=True),)),
     Rows(
         name="KL to dense\n(nats per token)",
         needs="kl",
@@ -79,7 +80,7 @@ def training_curve(records: Sequence[Mapping[str, Any]], *, title: str = "", the
     """Draw a training log over steps: edges (log), KL with its margin, multiplier (log).
 
     A record has `step` and any of `edges_per_query_per_head` (hard, open gates), `expected_edges`,
-    `dense_edges`, `kl`, `margin`, `multiplier`; where some record has `control_cross_entropy`, a panel
+    `dense_edges`, `open_heads`, `kl`, `margin`, `multiplier`; where some record has `control_cross_entropy`, a panel
     compares it with `cross_entropy`. A value that is missing, null, not finite, or not positive on a log
     axis leaves a gap; a value between two gaps is a dot. Of records with the same step, as after a resume,
     the last one counts. A panel without values is left out. DataError if none is left, or if a step is no

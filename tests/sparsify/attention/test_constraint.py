@@ -1,5 +1,6 @@
 """The multiplier's law against a slow restatement, and what it promises over every history."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -94,6 +95,20 @@ def test_the_law_of_a_target_is_that_of_its_docstring(recipe, history):
         mean = now if mean is None else recipe.smoothing * mean + (1 - recipe.smoothing) * now
         log_price -= recipe.multiplier_rate * min(1.0, max(-1.0, mean / recipe.multiplier_width))
     assert math.log(multiplier.price) == pytest.approx(log_price, abs=TARGET_ROUNDING)
+
+
+@pytest.mark.matches
+@given(TARGETS, st.integers(1, 500), st.lists(st.integers(0, 500), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_price_of_heads_follows_the_same_law(recipe, target, history):
+    """Open heads towards their target move a price as edges towards theirs do, where at least one is open."""
+    twin = dataclasses.replace(recipe, target_edges=float(target))
+    heads, edges = Multiplier(recipe.head_multiplier_start), Multiplier(recipe.head_multiplier_start)
+    for found in history:
+        heads.towards_(recipe, float(target), float(found))
+        edges.update_(twin, 0.0, 0.0, edges=float(found))
+        assert heads == edges
+        assert math.isfinite(heads.price)
 
 
 TARGET_ROUNDING = 6e-15  # measured 1.8e-15 over these examples

@@ -22,8 +22,8 @@ from fewedges.errors import Interrupted, RecipeError, StoreError, TrainingError
 from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention import objective, training
 from fewedges.sparsify.attention.constraint import Multiplier, violation
-from fewedges.sparsify.attention.interface import is_gated
-from fewedges.sparsify.attention.objective import RARE, priced_edges
+from fewedges.sparsify.attention.interface import GatePass, is_gated
+from fewedges.sparsify.attention.objective import RARE, open_heads, priced_edges, priced_heads
 from fewedges.sparsify.attention.student import trained
 from fewedges.sparsify.attention.training import annealed, learning_rate_factor, noise_seed, post_train
 from tiny import NoiseBatches, tiny_loaded
@@ -148,6 +148,7 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bits(tmp_path, model,
         {"bias": "constant", "bias_start": 0.3},
         {"anneal_from": 2.0, "anneal_steps": 6},
         {"layer_weights": (1.0, 0.5), "head_weights": (1.0, 0.0, 2.0, 1.0)},
+        {"target_heads": 3, "multiplier_rate": 0.3},
         {"slack": 0.02, "cooling": True, "decay_fraction": 0.8},
         {"kl_margin": None, "loss_margin": 0.01, "weight_decay": 0.1},
         {"gate_query": True},
@@ -881,6 +882,55 @@ def test_head_closing_descends_the_sum_of_logarithms():
 def test_head_closing_leaves_like_heads_alone():
     expected = torch.full((2, 1, 3, 4), 0.7)
     assert torch.equal(priced_edges(expected, recipe(head_closing=1.0)), priced_edges(expected, recipe()))
+
+
+@pytest.mark.matches
+def test_the_price_of_heads_is_a_slow_loops_and_counts_nearly_whole_heads():
+    expected = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    places = list(itertools.product(range(2), range(4)))
+    edges = [sum(expected[x, b, h, q].item() for b in range(3) for q in range(5)) / 15 for x, h in places]
+    slow = [math.log(1 + e / RARE) / math.log(1 + 1 / RARE) for e in edges]
+    assert priced_heads(expected).item() == pytest.approx(sum(slow) / 8, rel=1e-14)  # measured 2e-16
+    one = torch.zeros(2, 1, 3, 4)
+    one[1, 0, 2] = 1.0
+    assert priced_heads(one).item() == pytest.approx(1 / 6, rel=1e-6)  # float32
+    assert open_heads(one) == 1
+    assert open_heads(one * RARE) == 0  # exactly as many as count for nothing
+
+
+@pytest.mark.stays
+def test_a_target_for_heads_closes_heads_until_it_is_met():
+    """Edges alone, held where they begin, close one head; the price of heads rises to the target and falls after it."""
+    settings = {"steps": 130, "target_edges": 3.1, "kl_margin": None, "loss_margin": None, "multiplier_rate": 0.02}
+    settings |= {"bias_learning_rate": 0.02, "decay_fraction": 0.3, "seed": 1}
+    records = post_train(dense(), recipe(**settings, target_heads=5), NoiseBatches()).records
+    heads, prices = ([r[name] for r in records] for name in ("open_heads", "head_multiplier"))
+    top = prices.index(max(prices))
+    assert heads[:30] == [8.0] * 30
+    assert prices[:30] == sorted(prices[:30])
+    assert heads[top] <= 6  # the running mean of some twenty batches passed 5
+    assert max(heads[-10:]) <= 5
+    assert prices[-1] < prices[top]
+    without = post_train(dense(), recipe(**settings), NoiseBatches())
+    with torch.no_grad():
+        gates = GatePass()
+        without.model(input_ids=NoiseBatches().at(0, 4).tokens, use_cache=False, gate_pass=gates)
+    assert open_heads(gates.open_edges()) >= 7  # measured 7
+
+
+@pytest.mark.stays
+def test_without_a_target_heads_cost_nothing_and_are_not_reported():
+    records = post_train(dense(), recipe(head_multiplier_start=50.0), NoiseBatches()).records
+    plain = post_train(dense(), recipe(), NoiseBatches()).records
+    drop = lambda rows: [{k: v for k, v in r.items() if k not in CLOCK} for r in rows]  # noqa: E731
+    assert drop(records) == drop(plain)
+    assert not {"open_heads", "head_multiplier"} & set(records[0])
+
+
+@pytest.mark.says
+def test_more_heads_than_there_are_is_an_error():
+    with pytest.raises(RecipeError, match=r"target_heads.*9.*8 heads"):
+        post_train(dense(), recipe(target_heads=9), NoiseBatches())
 
 
 @pytest.mark.stays

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fewedges.sparsify.attention.training import Run
 
 MAY_CHANGE = (
-    *("steps", "tokens", "minutes", "kl_margin", "loss_margin", "target_edges"),
+    *("steps", "tokens", "minutes", "kl_margin", "loss_margin", "target_edges", "target_heads"),
     *("log_every", "checkpoint_every", "micro_batch", "graph", "saved"),
 )
 """Recipe fields that may differ when a run is resumed; the log keeps the margin of every record."""
@@ -51,6 +51,7 @@ def save_checkpoint(run: "Run") -> None:
         "seconds": run.seconds,
         "micro_batch": run.micro_batch,
         "multiplier": run.multiplier.state(),
+        "head_multiplier": run.head_multiplier.state(),
         "versions": store.versions(),
     }
     tensors = {"parameters": {name: p.detach() for name, p in parameters.items()}, "moments": moments}
@@ -77,6 +78,7 @@ def load_checkpoint(run: "Run", folder: Path) -> None:
     run.step, run.seconds = saved.facts["step"], saved.facts["seconds"]
     run.micro_batch = min(run.micro_batch, saved.facts["micro_batch"])
     run.multiplier = Multiplier(**saved.facts["multiplier"])
+    run.head_multiplier = Multiplier(**saved.facts.get("head_multiplier", run.head_multiplier.state()))
 
 
 def _check_same_run(run: "Run", folder: Path, facts: dict[str, Any]) -> None:

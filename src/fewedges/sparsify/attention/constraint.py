@@ -11,6 +11,7 @@ came about, and that neither was tested by itself in this loop.
 
     violation = max over constraints of (value - margin - slack * s)
               = 10 width * log(target / edges) where the recipe turns it around: so many edges at the least loss
+              = 10 width * log(target / open heads) for the price of heads, where the recipe has one
     mean      = smoothing * mean + (1 - smoothing) * violation        (the first value starts it)
     log price = log price - rate * clip(mean / width, -1, 1)
 """
@@ -23,7 +24,7 @@ from fewedges.recipes import SparseAttention
 
 @dataclass
 class Multiplier:
-    """The price of one attention edge per query per head, in nats, and the running mean that moves it."""
+    """A price in nats (of one attention edge per query per head; of open heads) and the running mean that moves it."""
 
     price: float
     mean: float | None = None
@@ -35,7 +36,14 @@ class Multiplier:
         if recipe.target_edges is None:
             now = violation(recipe, kl, excess_loss) - recipe.slack * fall
         else:
-            now = 10 * recipe.multiplier_width * math.log(recipe.target_edges / max(edges, 1e-9))
+            now = _shortage(recipe, recipe.target_edges, edges)
+        self._move_(recipe, now)
+
+    def towards_(self, recipe: SparseAttention, target: float, found: float) -> None:
+        """Move a price after a step that found so many of what it prices; more than the target, and it rises."""
+        self._move_(recipe, _shortage(recipe, target, found))
+
+    def _move_(self, recipe: SparseAttention, now: float) -> None:
         self.mean = now if self.mean is None else recipe.smoothing * self.mean + (1 - recipe.smoothing) * now
         pull = max(-1.0, min(1.0, self.mean / recipe.multiplier_width))
         self.price *= math.exp(-recipe.multiplier_rate * pull)
@@ -43,6 +51,11 @@ class Multiplier:
     def state(self) -> dict[str, float | None]:
         """Plain data; floats survive json exactly."""
         return asdict(self)
+
+
+def _shortage(recipe: SparseAttention, target: float, found: float) -> float:
+    """How far what was found is below its target, as a violation: a tenth of the target away is one width."""
+    return 10 * recipe.multiplier_width * math.log(target / max(found, 1e-9))
 
 
 def violation(recipe: SparseAttention, kl: float, excess_loss: float) -> float:

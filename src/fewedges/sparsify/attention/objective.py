@@ -1,12 +1,14 @@
 """One micro-batch: both models forward, the objective, and its gradient; eagerly, or replayed as a CUDA graph.
 
     objective = kl_weight * KL(dense || sparse) + loss_weight * cross-entropy + price * expected edges
+                + head price * open heads, softly counted (where the recipe has a target for them)
 
 All that changes from step to step comes in as tensors (`Inputs`), so that the same code can be captured once and
 replayed. On an H200, SmolLM2-135M at T = 512 spent .23 to .27 s a step on launching kernels at batch 16 to 64;
 a replay launches once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import FUSED, GATED, GatePass, gated_forward
 from fewedges.sparsify.distilling import Losses, losses
 
-NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected")
+NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected", "heads")
 """What a micro-batch contributes to the step's record, in this order."""
 
 
@@ -37,6 +39,8 @@ class Inputs(NamedTuple):
     """This micro-batch's part of the batch's windows."""
     price: Float[Tensor, ""]
     """Multiplier: nats per edge per query per head."""
+    head_price: Float[Tensor, ""]
+    """Second multiplier: nats for all heads being open; 0 without a target for heads."""
     offset: Float[Tensor, ""]
     """Annealing: added to every gate bias."""
     seed: Int[Tensor, ""]
@@ -45,7 +49,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The two models and the recipe; calling it accumulates gradients and returns the contributions (6,)."""
+    """The two models and the recipe; calling it accumulates gradients and returns the contributions (7,)."""
 
     recipe: SparseAttention
     dense: Any
@@ -53,16 +57,19 @@ class Objective:
     gated: bool
     backward: Callable[[Tensor], None]
 
-    def __call__(self, given: Inputs) -> Float[Tensor, "6"]:
+    def __call__(self, given: Inputs) -> Float[Tensor, "7"]:
         compared, gates = self._forward(given)
         now = (compared.objective.detach(), compared.kl, compared.cross_entropy, compared.dense_cross_entropy)
         if not self.gated:
             self.backward(compared.objective)
-            return torch.stack([*now, *(torch.zeros_like(now[0]),) * 2]).float()
-        expected = gates.expected_edges()
-        self.backward(compared.objective + given.price * given.share * priced_edges(expected, self.recipe))
-        edges = (given.share * gates.open_edges().mean(), given.share * expected.detach().mean())
-        return torch.stack([*now, *edges]).float()
+            return torch.stack([*now, *(torch.zeros_like(now[0]),) * 3]).float()
+        expected, opened = gates.expected_edges(), gates.open_edges()
+        cost = given.price * priced_edges(expected, self.recipe)
+        if self.recipe.target_heads is not None:
+            cost = cost + given.head_price * priced_heads(expected)
+        self.backward(compared.objective + given.share * cost)
+        found = torch.stack([opened.mean(), expected.detach().mean(), open_heads(opened)])
+        return torch.cat([torch.stack(now), given.share * found]).float()
 
     def _forward(self, given: Inputs) -> tuple[Losses, GatePass]:
         recipe = self.recipe
@@ -103,6 +110,21 @@ def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) ->
     if recipe.head_weights:
         by_head = by_head * by_head.new_tensor(recipe.head_weights)
     return by_head.mean()
+
+
+def priced_heads(expected: Float[Tensor, "L B H Q"]) -> Float[Tensor, ""]:
+    """The share of heads that are open, softly: log(1 + e / RARE) / log(1 + 1 / RARE), meaned over all of them.
+
+    A head with no edge counts 0, one with an edge per query 1, one with ten 1.5. The pull on a head, 1 / (e + RARE), is
+    strongest where it is nearly closed and hardly felt where it reads much: the total stays the other price's.
+    """
+    by_head = expected.mean(dim=(1, 3))  # (L, H)
+    return torch.log1p(by_head / RARE).mean() / math.log1p(1 / RARE)
+
+
+def open_heads(opened: Float[Tensor, "L B H Q"]) -> Float[Tensor, ""]:
+    """How many heads open more than RARE edges per query, in evaluation."""
+    return (opened.mean(dim=(1, 3)) > RARE).sum().to(opened.dtype)
 
 
 @contextmanager
@@ -148,7 +170,7 @@ class Graph:
         with torch.cuda.graph(self.graph):
             self.result = objective(self.inputs)
 
-    def __call__(self, given: Inputs) -> Float[Tensor, "6"]:
+    def __call__(self, given: Inputs) -> Float[Tensor, "7"]:
         for mine, new in zip(self.inputs, given, strict=True):
             mine.copy_(new, non_blocking=True)
         self.graph.replay()

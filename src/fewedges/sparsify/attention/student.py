@@ -22,7 +22,7 @@ GATES = ("gate_bias", "gate_query")
 
 def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) -> Any:
     """Copy the dense model, attach gates (unless this is the control), and free what the recipe trains."""
-    _check_weights(recipe, dense.anatomy)
+    _check_against(recipe, dense.anatomy)
     moving = _moving(dense, recipe)
     student = _copy_sharing(dense.model, frozen=[p for n, p in dense.model.named_parameters() if n not in moving])
     for name, parameter in student.named_parameters():
@@ -129,8 +129,11 @@ def _with_adapters(student: Any, recipe: SparseAttention) -> Any:
     return wrapped.eval()
 
 
-def _check_weights(recipe: SparseAttention, anatomy: Anatomy) -> None:
+def _check_against(recipe: SparseAttention, anatomy: Anatomy) -> None:
     for name, wanted in (("layer_weights", len(anatomy.layers)), ("head_weights", anatomy.heads)):
         given = len(getattr(recipe, name))
         if given not in (0, wanted):
             raise RecipeError(f"recipe field {name}", f"{given} numbers", f"{wanted}, one for each, or none")
+    heads = len(anatomy.layers) * anatomy.heads
+    if recipe.target_heads is not None and recipe.target_heads > heads:
+        raise RecipeError("recipe field target_heads", f"{recipe.target_heads} of {heads} heads", "fewer, or none")

@@ -53,6 +53,7 @@ class Run:
     objective: Objective
     graph: Graph | None = None
     multiplier: Multiplier
+    head_multiplier: Multiplier
     folder: Path | None = None
     gated: bool = True
     sharded: bool = False
@@ -180,6 +181,7 @@ def _start(
         data=data,
         optimizer=accelerator.prepare_optimizer(_optimizer(student, recipe)),
         multiplier=Multiplier(recipe.multiplier_start),
+        head_multiplier=Multiplier(recipe.head_multiplier_start),
         folder=folder,
         gated=gated,
         start=digest,
@@ -224,6 +226,8 @@ def _step(run: Run) -> Record:
         excess = values["cross_entropy"] - values["dense_cross_entropy"]
         fall = learning_rate_fall(run.recipe, run.progress())
         run.multiplier.update_(run.recipe, values["kl"], excess, fall, values["edges"])
+        if run.recipe.target_heads is not None:
+            run.head_multiplier.towards_(run.recipe, float(run.recipe.target_heads), values["heads"])
     run.step += 1
     return values
 
@@ -285,14 +289,15 @@ def _inputs(run: Run, batch: Batch) -> Iterator[Inputs]:
     mine = run.team.share(len(batch.tokens))
     for start in range(mine.start, mine.stop, run.micro_batch):
         rows, part = slice(start, min(start + run.micro_batch, mine.stop)), start // run.micro_batch
-        numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), price(run), annealed(run.recipe, run.step))
-        total_, share, price_, offset = torch.tensor(numbers, dtype=torch.float32).to(device).unbind()
+        numbers = (total, len(batch.tokens[rows]) / len(batch.tokens), *prices(run), annealed(run.recipe, run.step))
+        total_, share, price, head_price, offset = torch.tensor(numbers, dtype=torch.float32).to(device).unbind()
         given = Inputs(
             tokens=batch.tokens[rows].to(device),
             counts=batch.counts[rows].to(device),
             total=total_,
             share=share,
-            price=price_,
+            price=price,
+            head_price=head_price,
             offset=offset,
             seed=torch.tensor(noise_seed(run.recipe.seed, run.step, part), dtype=torch.int32, device=device),
         )
@@ -321,9 +326,11 @@ def learning_rate_fall(recipe: SparseAttention, progress: float) -> float:
     return max(0.0, min(1.0, (1 - progress) / recipe.decay_fraction)) if recipe.decay_fraction else 1.0
 
 
-def price(run: Run) -> float:
-    """What an edge costs in this step's objective: the multiplier, cooled if the recipe says so."""
-    return run.multiplier.price * (learning_rate_fall(run.recipe, run.progress()) if run.recipe.cooling else 1.0)
+def prices(run: Run) -> tuple[float, float]:
+    """What an edge and what the heads cost in this step's objective: the multipliers, cooled if the recipe says so."""
+    heat = learning_rate_fall(run.recipe, run.progress()) if run.recipe.cooling else 1.0
+    heads = 0.0 if run.recipe.target_heads is None else run.head_multiplier.price
+    return heat * run.multiplier.price, heat * heads
 
 
 def _set_learning_rates(run: Run) -> None:

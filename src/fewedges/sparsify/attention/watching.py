@@ -41,6 +41,8 @@ def note(run: "Run", values: dict[str, float], watch: Callable[[Record], None] |
         "tokens_per_second": round(run.tokens / max(run.seconds, 1e-9)),
         "progress": run.progress(),
     }
+    if run.gated and run.recipe.target_heads is not None:
+        record |= {"open_heads": values["heads"], "head_multiplier": run.head_multiplier.price}
     run.records.append(record)
     if run.folder is not None and run.team.first:
         with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
