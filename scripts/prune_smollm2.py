@@ -213,10 +213,15 @@ def table(paths):
     lines += [f"| | {' | '.join(wide)} | seconds |", "|---" * (len(wide) + 2) + "|"]
     for name in dict.fromkeys([*ROWS, *(name for name, _ in cells if name != CONTROL)]):
         if mine := {place: row for (of, place), row in cells.items() if of == name}:
-            found = [f"{mine[place]['perplexity']:.2f}" if place in mine else "" for place in wide]
+            found = [legible(mine[place]["perplexity"]) if place in mine else "" for place in wide]
             label = name.replace("+distil", " + distillation")
             lines.append(f"| {label} | {' | '.join(found)} | {seconds(mine.values())} |")
     return "\n".join(lines)
+
+
+def legible(perplexity):
+    """Two decimals, or two digits of what is far beyond a use."""
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
 
 
 def seconds(rows):

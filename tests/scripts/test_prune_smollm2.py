@@ -65,7 +65,7 @@ def test_rows_are_made_once_and_older_ones_are_recognised(script, run, tmp_path,
     capsys.readouterr()
     run("--table", out)
     said = capsys.readouterr().out
-    cells = " | ".join(f"{row['perplexity']:.2f}" for row in rows[4:6])
+    cells = " | ".join(script.legible(row["perplexity"]) for row in rows[4:6])
     assert f"| wanda + distillation | {cells} |" in said
     assert f"dense {rows[0]['facts']['dense_perplexity']:.2f}." in said
     assert f"by next-token loss: {rows[6]['perplexity']:.2f}." in said
@@ -88,3 +88,9 @@ def test_the_recovery_teaches_the_dense_model_nothing(script, addition):
         result = distil_(student, script.training(args, finetune), Sums(), teacher=addition)
         pairs = zip(result.model.parameters(), addition.model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) is not finetune
+
+
+@pytest.mark.matches
+def test_perplexities_keep_the_digits_that_mean_something(script):
+    found = [script.legible(x) for x in (17.3208, 4172.4545, 99_999.0, 182_003.9, 1.4e10)]
+    assert found == ["17.32", "4172.45", "99999.00", "1.8e+05", "1.4e+10"]
