@@ -36,9 +36,9 @@ def gpu(monkeypatch):
 def test_every_shape_is_tried_once_and_the_fastest_is_kept(gpu):
     tiles = [(1,), (2,), (3,)]
     for _ in range(3):
-        assert launching.fastest("product", (8, 8), gpu.like, tiles, print) == (2,)
+        assert launching.fastest("product", (8, 8), gpu.like, lambda: tiles, print) == (2,)
     assert gpu.timed == tiles
-    assert launching.fastest("product", (8, 16), gpu.like, tiles, print) == (2,)
+    assert launching.fastest("product", (8, 16), gpu.like, lambda: tiles, print) == (2,)
     assert len(gpu.timed) == 6
     rows = launching.trials()
     assert [row["chosen"] for row in rows] == [False, True, False] * 2
@@ -51,19 +51,29 @@ def test_every_shape_is_tried_once_and_the_fastest_is_kept(gpu):
 
 
 @pytest.mark.stays
+def test_candidates_are_made_once_a_shape(gpu):
+    """They cost the host more than the launch does."""
+    for tiles in ([(1,), (2,)], [(1,)]):
+        asked = []
+        for _ in range(3):
+            launching.fastest("product", (len(tiles),), gpu.like, lambda: asked.append(0) or tiles, print)  # noqa: B023
+        assert len(asked) == 1
+
+
+@pytest.mark.stays
 def test_nothing_is_tried_on_a_cpu_or_of_a_single_tile(gpu):
-    assert launching.fastest("product", (8,), torch.zeros(1), [(1,), (2,)], print) == (1,)
-    assert launching.fastest("product", (8,), gpu.like, [(1,)], print) == (1,)
+    assert launching.fastest("product", (8,), torch.zeros(1), lambda: [(1,), (2,)], print) == (1,)
+    assert launching.fastest("product", (8,), gpu.like, lambda: [(1,)], print) == (1,)
     assert gpu.timed == launching.trials() == []
 
 
 @pytest.mark.survives
 def test_no_tile_that_runs_and_a_capture_are_errors(gpu, monkeypatch):
     with pytest.raises(ModelError, match=r"no tile runs \(OutOfResources: shared memory\)"):
-        launching.fastest("product", (8,), gpu.like, [(3,), (3,)], print)
+        launching.fastest("product", (8,), gpu.like, lambda: [(3,), (3,)], print)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ModelError, match="before the capture"):
-        launching.fastest("product", (8,), gpu.like, [(1,), (2,)], print)
+        launching.fastest("product", (8,), gpu.like, lambda: [(1,), (2,)], print)
 
 
 @pytest.mark.stays

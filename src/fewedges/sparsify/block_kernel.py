@@ -238,7 +238,7 @@ def _multiply(x: Tensor, values: Tensor, index: BlockIndex, turned: bool, tile: 
     launch = functools.partial(_launch_product, x, values, index, y, turned)
     if tile is None:
         what = "block input gradient" if turned else "block product"
-        tiles = _fitting(PRODUCTS[index.block, x.element_size()], len(x))
+        tiles = functools.partial(_fitting, PRODUCTS[index.block, x.element_size()], len(x))
         tile = fastest(what, (len(x), outer, inner, index.block, index.blocks), x, tiles, launch)
     launch(tile)
     return y
@@ -270,7 +270,8 @@ def _sample(g: Tensor, x: Tensor, index: BlockIndex, tile: SampleTile | None) ->
     launch = functools.partial(_launch_sample, g, x, index, grad)
     if tile is None:
         shape = (len(x), *index.shape, index.block, index.blocks)
-        tile = fastest("block weight gradient", shape, x, GRADIENTS[index.block, x.element_size()], launch)
+        tiles = GRADIENTS[index.block, x.element_size()]
+        tile = fastest("block weight gradient", shape, x, lambda: tiles, launch)
     launch(tile)
     return grad
 

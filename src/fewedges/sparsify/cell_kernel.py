@@ -115,13 +115,13 @@ def _check(x: Tensor, weight: Tensor, columns: Tensor, *others: Tensor | None) -
     up, down, gamma, bias = others
     (grid, height, wide), live = weight.shape, columns.shape[1]
     width = wide // live
-    shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, columns, *others) if t is not None)
     rank = 0 if up is None else up.shape[1]
     alike = x.shape[-1] == grid * width and columns.shape[0] == grid and wide % live == 0
     alike &= (up is None) == (down is None) and (gamma is None or up is not None) and (up is None or rank > 0)
     alike &= up is None or down is None or (up.shape, down.shape) == ((grid * height, rank), (rank, grid * width))
     alike &= (bias is None or bias.shape == (grid * height,)) and (gamma is None or gamma.dim() == 0)
     if not alike:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, columns, *others) if t is not None)
         raise ModelError(ASKED, f"inputs, cells, columns, up, down, gamma, bias {shapes}", "shapes that fit")
     dtypes = {t.dtype for t in (x, weight, up, down, bias) if t is not None}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
@@ -183,7 +183,7 @@ def _multiply(
     launch = functools.partial(_launch_product, x, weight, low, basis, gamma, bias, index, y, turned)
     if tile is None:
         shape = (len(x), grid * outer, grid * inner, grid, live, 0 if low is None else low.shape[1])
-        tiles = _fitting(PRODUCTS[x.element_size()], len(x), outer, inner)
+        tiles = functools.partial(_fitting, PRODUCTS[x.element_size()], len(x), outer, inner)
         tile = fastest("pixelated input gradient" if turned else "pixelated product", shape, x, tiles, launch)
     launch(tile)
     return y
@@ -225,8 +225,7 @@ def _sample(
     launch = functools.partial(_launch_sample, g, x, weight, gamma, index)
     if tile is None:
         (grid, live), (height, width) = index.shape, _cell(weight, index)
-        whole = _fitting(GRADIENTS[x.element_size()], height, width, len(x))
-        tiles = [cut for tile in whole for cut in _cuts(tile, (height, width), index)]
+        tiles = functools.partial(_gradient_tiles, x, (height, width), index)
         shape = (len(x), grid * height, grid * width, grid, live)
         tile = fastest("pixelated weight gradient", shape, x, tiles, launch)
     return launch(tile)
@@ -254,6 +253,7 @@ def _launch_sample(
     return parts[0] if splits == 1 else parts.sum(0).to(weight.dtype), dots
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -282,6 +282,12 @@ def _fitting(tiles: Sequence[Tile], rows: int, columns: int, depth: int) -> list
     cut = [tile._replace(rows=min(tile.rows, limits[0]), columns=min(tile.columns, limits[1])) for tile in tiles]
     whole = [tile for tile, old in zip(cut, tiles, strict=True) if tile[:2] == old[:2]]
     return list(dict.fromkeys(tile._replace(depth=min(tile.depth, limits[2])) for tile in whole or cut[:1]))
+
+
+def _gradient_tiles(x: Tensor, cell: tuple[int, int], index: Tensor) -> list[Tile]:
+    """The candidates that fit, each with its tokens cut in several ways."""
+    whole = _fitting(GRADIENTS[x.element_size()], *cell, len(x))
+    return [cut for tile in whole for cut in _cuts(tile, cell, index)]
 
 
 def _cuts(tile: Tile, cell: tuple[int, int], index: Tensor) -> list[Tile]:

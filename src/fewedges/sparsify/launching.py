@@ -5,6 +5,7 @@ process ends; `trials` says what was found. A kernel told its tiles tries nothin
 where bits must repeat from run to run, tell the tiles.
 """
 
+import functools
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -50,18 +51,24 @@ def forget() -> None:
     """Try again from here on."""
     _FOUND.clear()
     _TRIALS.clear()
+    _named.cache_clear()
 
 
-def fastest(what: str, shape: tuple[int, ...], like: Tensor, tiles: Sequence[T], launch: Callable[[T], Any]) -> T:
+def fastest(
+    what: str, shape: tuple[int, ...], like: Tensor, candidates: Callable[[], Sequence[T]], launch: Callable[[T], Any]
+) -> T:
     """The tile with which `launch` is fastest on this device; the first one where there is no GPU to time.
 
-    Raises ModelError inside a CUDA graph's capture when nothing is known yet, and when no tile runs.
+    Candidates are asked for once a shape: the host has no time to make them at every call. Raises ModelError inside a
+    CUDA graph's capture when nothing is known yet, and when no tile runs.
     """
-    if like.device.type != "cuda" or len(tiles) == 1:
-        return tiles[0]
-    device, dtype = torch.cuda.get_device_name(like.device), str(like.dtype).removeprefix("torch.")
-    key = (what, shape, dtype, device)
+    if like.device.type != "cuda":
+        return candidates()[0]
+    key = (what, shape, *_named(like.dtype, like.device))
     if key not in _FOUND:
+        tiles = candidates()
+        if len(tiles) == 1:
+            return _FOUND.setdefault(key, tiles[0])
         if torch.cuda.is_current_stream_capturing():
             found = f"no tile is known for {shape}, and nothing can be timed while a graph is captured"
             raise ModelError(f"capture {what}", found, "one run of the same shape before the capture, or tiles=")
@@ -69,9 +76,15 @@ def fastest(what: str, shape: tuple[int, ...], like: Tensor, tiles: Sequence[T],
         _TRIALS.extend(tried)
         best = min(tried, key=lambda trial: trial.ms)
         if best.ms == float("inf"):
-            raise ModelError(f"{what} of {shape} on {device}", f"no tile runs ({best.why})", "kernel='reference'")
+            raise ModelError(f"{what} of {shape} on {key[3]}", f"no tile runs ({best.why})", "kernel='reference'")
         _FOUND[key] = best.tile
     return _FOUND[key]
+
+
+@functools.cache
+def _named(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """As rows of results say it."""
+    return str(dtype).removeprefix("torch."), torch.cuda.get_device_name(device)
 
 
 def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
