@@ -5,6 +5,7 @@ A small model learns from random weights, each arm for the same optimiser steps 
     dense              all entries
     static             a random mask, densities by Erdos-Renyi-kernel
     rigl               the same first mask, then moved to where the gradient is large
+    set                the same, moved at the same steps to anywhere
     snip               the mask of one look at the gradient before training, initial weights
     snip_shuffled      that mask shuffled inside every matrix: same density in each, so only the places differ
     ticket             iterative magnitude pruning, survivors back at their weights of step `rewind`
@@ -17,7 +18,7 @@ tickets_addition.py and tickets_language.py say what is trained; on a GPU a step
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from fewedges.sparsify.select import select_global
 from fewedges.weight_recipes import Rewire, Tickets
 
 OF_TICKET = ("ticket", "shuffled", "ticket_from_0", "reinitialised")
-ARMS = ("dense", "static", "rigl", "snip", "snip_shuffled", *OF_TICKET)
+ARMS = ("dense", "static", "rigl", "set", "snip", "snip_shuffled", *OF_TICKET)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def _without_ticket(
     static = random_masks(matrices, density, "erk", seed=trial.seed)
     yield "static", static, None
     yield "rigl", static, trial.rewire
+    yield "set", static, replace(trial.rewire, grow="random")
     if {"snip", "snip_shuffled"} & set(wanted):
         trial.loaded.model.load_state_dict(initial)
         snip = snip_masks(trial.loaded, trial.look(), density)

@@ -160,7 +160,7 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewire:
-    """Training with a mask that moves: RigL (Evci et al. 2020, arXiv:1911.11134)."""
+    """Training with a mask that moves: RigL (Evci et al. 2020, arXiv:1911.11134), or SET (2018, arXiv:1707.04780)."""
 
     density: float = 0.2
     """Fraction of entries kept over all matrices."""
@@ -172,10 +172,12 @@ class Rewire:
     """Fraction of the steps after which the mask rests."""
     drop: float = 0.3
     """Fraction of the kept entries that the first rewiring moves; falls to 0 by a cosine."""
+    grow: Literal["gradient", "random"] = "gradient"
+    """What comes in their place: the entries with the largest gradient (RigL), or any (SET)."""
     steps: int = 1000
     """Optimiser steps of the whole training."""
     seed: int = 0
-    """Seed of the first mask."""
+    """Seed of the first mask, and of what grows at random."""
 
     def __post_init__(self) -> None:
         check(self, "density until drop", lambda x: 0 < x <= 1, "in (0, 1]")
@@ -183,6 +185,8 @@ class Rewire:
         check(self, "seed", lambda x: x >= 0, "at least 0")
         if self.allocation not in ("uniform", "erk"):
             raise bad("allocation", self.allocation, "uniform or erk")
+        if self.grow not in ("gradient", "random"):
+            raise bad("grow", self.grow, "gradient or random")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,3 +243,12 @@ def test_a_control_that_only_later_tasks_have_takes_no_other_look():
     alone = explained_effect([more])
     for label in ("dense", "control", "sparse"):
         assert line(seen, f"edges-1-{label}").get_color() == line(alone, f"edges-0-{label}").get_color()
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize(("halves", "arrows"), [((11, 11, 10), 0), ((300, 250, 10), 1)])
+def test_dots_that_touch_have_no_arrow_between_them(halves, arrows):
+    """An arrow shorter than its own head would point backwards."""
+    figure = explained_effect([task(heads=False, halves=halves)])
+    assert sum(text.get_text() == "" for axes in figure.axes for text in axes.texts) == arrows
+    assert any("×" in text for text in texts(figure))

@@ -91,14 +91,13 @@ def test_each_arm_begins_with_its_masks_and_weights(arms):
     starts = {name: start for name, (_, (_, start, _)) in found.items()}
     assert starts == {**dict.fromkeys(arms.ARMS, 0), "ticket": REWIND, "shuffled": REWIND}
     matrices = matrices_of(todo.loaded)
-    ticket, early = found["ticket"][0].masks, log[6][2]  # the first of the ticket's trainings from step REWIND
-    for name, weights in {"dense": initial, "static": initial, "rigl": initial, "snip": initial}.items():
-        check_begun(begun[name], weights, found[name][0].masks, matrices)
-    check_begun(begun["snip_shuffled"], initial, found["snip_shuffled"][0].masks, matrices)
+    ticket, early = found["ticket"][0].masks, log[7][2]  # the first of the ticket's trainings from step REWIND
+    for name in ("dense", "static", "rigl", "set", "snip", "snip_shuffled"):
+        check_begun(begun[name], initial, found[name][0].masks, matrices)
     check_begun(begun["ticket"], early, ticket, matrices)
     check_begun(begun["ticket_from_0"], initial, ticket, matrices)
     check_begun(begun["shuffled"], early, found["shuffled"][0].masks, matrices)
-    assert same_masks(found["static"][0].masks, found["rigl"][0].masks)
+    assert all(same_masks(found["static"][0].masks, found[name][0].masks) for name in ("rigl", "set"))
     assert same_masks(found["reinitialised"][0].masks, ticket)
     table = "transformer.wte.weight"
     assert not torch.equal(begun["reinitialised"][table], initial[table])
@@ -189,12 +188,12 @@ def outcome(arms, name):
 
 
 @pytest.mark.matches
-@pytest.mark.parametrize("name", ["static", "rigl"])
+@pytest.mark.parametrize("name", ["static", "rigl", "set"])
 def test_a_replayed_step_is_the_eager_one(arms, taped, monkeypatch, name):
     calls, replay = [], Tape.replay
     monkeypatch.setattr(Tape, "replay", lambda self: (calls.append(1), replay(self)))
     row, weights = outcome(arms, name)
-    assert len(calls) == (STEPS if name == "static" else STEPS - 2)  # RigL moves at steps 3 and 6
+    assert len(calls) == (STEPS if name == "static" else STEPS - 2)  # the mask moves at steps 3 and 6
     monkeypatch.setattr(arms, "Replayed", lambda update, _: update)
     wanted, same = outcome(arms, name)
     assert row == wanted

@@ -87,6 +87,29 @@ def test_a_dropped_entry_with_the_largest_gradient_comes_back_with_its_weight():
     assert moved(weight, slope * torch.tensor([0.0, 1, 1, 1]), kept, 1 / 3).tolist() == [[False, True, True, True]]
 
 
+def after_two_moves(grow, seed=0, factor=1.0):
+    """The masks, where every gradient is `factor` times noise of its own."""
+    model, matrices, masks = start()
+    recipe = Rewire(steps=10, every=2, drop=0.5, grow=grow, seed=seed)
+    with rewired(model, masks, OPTIMIZERS["momentum"](model.parameters()), recipe) as moving:
+        for step in (2, 4):
+            for number, matrix in enumerate(matrices.values()):
+                noise = torch.randn(matrix.parameter.shape, generator=torch.Generator().manual_seed(number))
+                matrix.parameter.grad = noise * factor + (factor > 1) * noise.roll(1, 0)
+            assert moving.rewire_(step)
+        return {path: kept.clone() for path, kept in moving.guard.kept.items()}, masks
+
+
+@pytest.mark.stays
+def test_growth_at_random_asks_no_gradient_and_repeats_by_its_seed():
+    (first, masks), (same, _), (other, _) = (after_two_moves("random", *given) for given in ((0,), (0, 7.0), (1,)))
+    assert all(torch.equal(first[path], same[path]) for path in first)
+    assert not any(torch.equal(first[path], other[path]) for path in first)
+    assert sum(int(kept.sum()) for kept in first.values()) == masks.nnz
+    (by_slope, _), (by_another, _) = after_two_moves("gradient"), after_two_moves("gradient", factor=7.0)
+    assert not any(torch.equal(by_slope[path], by_another[path]) for path in first)
+
+
 @pytest.mark.stays
 @pytest.mark.parametrize("rule", ["uniform", "erk"])
 def test_random_masks_meet_the_density_and_repeat(rule):
@@ -106,7 +129,9 @@ def test_rewiring_without_gradients_is_an_error():
 
 
 @pytest.mark.survives
-@pytest.mark.parametrize(("field", "value"), [("density", 0), ("drop", 1.5), ("every", 0), ("allocation", "global")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("density", 0), ("drop", 1.5), ("every", 0), ("allocation", "global"), ("grow", "weight")]
+)
 def test_a_value_out_of_range_names_its_field(field, value):
     with pytest.raises(RecipeError, match=field):
         Rewire(**{field: value})

@@ -193,6 +193,17 @@ def draw_curves(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level:
     draw_ratio(axes, curves, plan, look, level)
 
 
+LEAST = 7.0
+"""Points between two dots that an arrow needs: what it keeps off them, 4.5, and its head, without which it turns."""
+
+
+def apart(axes: Axes, start: float, end: float) -> float:
+    """How many points of a page lie between two places on the x axis, as it is now."""
+    axes.autoscale_view()
+    (left, _), (right, _) = axes.transData.transform([(start, 0.5), (end, 0.5)])
+    return abs(right - left) * 72 / axes.get_figure(root=True).dpi
+
+
 def draw_ratio(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level: float) -> None:
     """Mark where the first and the last curve reach the level, and write how many times fewer the last one needs."""
     ends = [(curve, reaches(curve, level)) for curve in dict.fromkeys((curves[0], curves[-1]))]
@@ -210,7 +221,8 @@ def draw_ratio(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level: 
         "shrinkA": 2.5,
         "shrinkB": 2.0,
     }
-    axes.annotate("", (end, level), (start, level), arrowprops=arrow, zorder=6)
+    if apart(axes, start, end) > LEAST:
+        axes.annotate("", (end, level), (start, level), arrowprops=arrow, zorder=6)
     write_ratio(axes, min(start, end), (start * end) ** 0.5, level, ratio(start, end), look)
 
 

@@ -1,9 +1,10 @@
-"""RigL: training with a mask that moves to where the gradient is large.
+"""Training with a mask that moves: to where the gradient is large (RigL), or anywhere (SET).
 
 Evci et al. 2020 (arXiv:1911.11134), algorithm 1. Every `every` steps the mask changes instead of an optimiser step:
 of a matrix's nnz kept entries the n smallest |w| are dropped and the n largest |dL/dw| among all that are then not
 kept are grown, n = floor(nnz * drop/2 (1 + cos(pi t / end))). Truly new entries begin at 0 with no momentum; one
-that is dropped and grown at once keeps its weight.
+that is dropped and grown at once keeps its weight. With grow="random" the n are drawn instead: SET (Mocanu et al. 2018,
+arXiv:1707.04780) on RigL's schedule, the control that says what the gradient is worth.
 
 Shapes: R outputs, C inputs.
 """
@@ -36,22 +37,21 @@ def random_masks(matrices: dict[str, Matrix], density: float, rule: str = "erk",
 
 
 def moved(
-    weight: Float[Tensor, "R C"], gradient: Float[Tensor, "R C"], kept: Bool[Tensor, "R C"], drop: float
+    weight: Float[Tensor, "R C"], worth: Float[Tensor, "R C"], kept: Bool[Tensor, "R C"], drop: float
 ) -> Bool[Tensor, "R C"]:
-    """The next mask of a matrix: as many entries, a fraction `drop` of them chosen anew."""
+    """The next mask of a matrix: as many entries, a fraction `drop` of them chosen anew, those worth most."""
     nnz = int(kept.sum())
     count = math.floor(nnz * drop)
     strength = SCORES["magnitude"].of(weight, Evidence()).masked_fill(~kept, -torch.inf)
     stays = select(strength, "unstructured", nnz - count).mask()
-    pull = SCORES["gradient"].of(weight, Evidence(gradient=gradient)).masked_fill(stays, -torch.inf)
-    return stays | select(pull, "unstructured", count).mask()
+    return stays | select(worth.masked_fill(stays, -torch.inf), "unstructured", count).mask()
 
 
 class Rewiring:
     """The moving mask of one training run; see `rewired`."""
 
-    def __init__(self, guard: Guard, schedule: Schedule):
-        self.guard, self.schedule = guard, schedule
+    def __init__(self, guard: Guard, schedule: Schedule, grow: str = "gradient", seed: int = 0):
+        self.guard, self.schedule, self.grow, self.seed = guard, schedule, grow, seed
 
     def prepare(self, step: int) -> None:
         """Call before the backward pass of step `step`: the step that looks needs dense gradients."""
@@ -63,11 +63,13 @@ class Rewiring:
         moment = self.schedule.at(step)
         if not moment.change:
             return False
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for name, matrix in self.guard.matrices.items():
             if matrix.parameter.grad is None:
                 raise ModelError(f"rewire {name} at step {step}", "it has no gradient", "backward() before rewire_")
-            slope = matrix.oriented(matrix.parameter.grad)
-            self.guard.kept[name] = moved(matrix.weight, slope, self.guard.kept[name], moment.drop)
+            seen = Evidence(gradient=matrix.oriented(matrix.parameter.grad), generator=generator)
+            worth = SCORES[self.grow].of(matrix.weight, seen)
+            self.guard.kept[name] = moved(matrix.weight, worth, self.guard.kept[name], moment.drop)
         self.guard.clear_()
         self.guard.dense_gradients = False
         return True
@@ -88,4 +90,4 @@ def rewired(model: Any, masks: Masks, optimizer: torch.optim.Optimizer, recipe: 
     """
     end = max(1, round(recipe.until * recipe.steps))
     with held(model, masks, optimizer) as guard:
-        yield Rewiring(guard, Cosine(recipe.density, end, recipe.every, recipe.drop))
+        yield Rewiring(guard, Cosine(recipe.density, end, recipe.every, recipe.drop), recipe.grow, recipe.seed)
