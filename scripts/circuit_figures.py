@@ -3,7 +3,8 @@
     python scripts/circuit_figures.py results/circuits docs/figures
 
 draws RESULTS/circuits-TASK.json of four tasks as one figure (explained-effect), RESULTS/mean/circuits-TASK.json the
-same with mean ablation, and the two circuits of Greater Than side by side (connectivity), light and dark.
+same with mean ablation, RESULTS/few-heads/power-1/circuits-TASK.json with half of the heads closed, and the two
+circuits of Greater Than side by side (connectivity), light and dark.
 """
 
 import sys
@@ -17,7 +18,8 @@ from fewedges.pictures import draw_circuits, draw_effects
 
 
 def main(results: Path, out: Path) -> None:
-    for folder, end in ((results, ""), (results / "mean", "-mean")):
+    few = results / "few-heads" / "power-1"
+    for folder, end in ((results, ""), (results / "mean", "-mean"), (few, "-few-heads")):
         paths = {title: folder / f"circuits-{task}.json" for task, title in NAMES.items()}
         found = {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
         for theme in ("light", "dark"):
