@@ -105,7 +105,7 @@ def trial(args, seed):
         seed=seed,
         loaded=loaded,
         tickets=tickets,
-        rewire=Rewire(density=tickets.density, every=args.rigl_every, steps=args.steps),
+        rewire=Rewire(density=tickets.density, every=args.rigl_every, steps=args.steps, seed=seed),
         train=train,
         look=lambda: answer_loss(model, Sums(seed=seed + 1000).at(0, args.snip_problems).tokens),
     )

@@ -149,7 +149,7 @@ def trial(args, seed, protocol, text, valid):
         seed=seed,
         loaded=loaded,
         tickets=tickets,
-        rewire=Rewire(density=tickets.density, every=args.rigl_every, steps=args.steps),
+        rewire=Rewire(density=tickets.density, every=args.rigl_every, steps=args.steps, seed=seed),
         train=train,
         look=lambda: next_token_loss(model, look_stream.at(0, args.snip_windows).tokens),
         keep=args.out.parent / f"{args.out.stem}-ticket-{seed}",

@@ -20,3 +20,5 @@ def test_a_name_or_a_bare_model_is_refused_with_what_to_write(verb):
         call(tiny_loaded("llama", 0).model)
     with pytest.raises(ModelError, match=r"a NoneType"):
         call(None)
+    with pytest.raises(ModelError, match="a name, not a model"):
+        call(**{"model" if verb == "sparsify" else "what": "addition"})

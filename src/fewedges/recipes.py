@@ -22,7 +22,8 @@ class SparseAttention:
     """Sparse attention post-training: fewest attention edges at an unchanged loss (arXiv:2512.05865).
 
     Minimises   kl_weight * KL + loss_weight * cross-entropy + multiplier * edges per query per head,
-    and lets the multiplier grow while every margin holds and shrink while one is broken.
+    and lets the multiplier grow while every margin holds and shrink while one is broken. With `target_heads` a second
+    price, on open heads, goes by their number alone: a margin may then stay broken.
     """
 
     kl_margin: float | None = 0.1
@@ -32,7 +33,7 @@ class SparseAttention:
     target_edges: float | None = None
     """The constraint turned around: this many edges per query per head, at the least loss (both margins None)."""
     target_heads: int | None = None
-    """Leave this many attention heads open in the whole model: a second price, on heads, finds them. None: no price."""
+    """Leave this many heads of the model open, found by a second price, on heads alone. None: no such price."""
     slack: float = 0.0
     """Extra margin at full learning rate, falling with it to 0: room for the noise of large steps, nats per token."""
     cooling: bool = False

@@ -77,7 +77,7 @@ def test_every_number_is_that_of_its_model(text):
     assert edges.mean() == pytest.approx(report.rows["sparse"]["edges_per_query_per_head"], abs=5e-5)  # four decimals
 
 
-ROUNDED = 2e-6  # measured 1.9e-8 here, 3.1e-7 on another machine: an ulp of float32 at 4.3 nats is 4.8e-7
+ROUNDED = 1.2e-6  # measured 1.9e-8 here, 3.1e-7 on another machine: an ulp of float32 at 4.3 nats is 4.8e-7
 
 
 @pytest.mark.matches

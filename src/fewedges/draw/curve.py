@@ -84,8 +84,8 @@ def explained_effect(
 ) -> Figure:
     """Draw one column per task, over edges and, where there are any, over heads.
 
-    At `level` a dashed line; on it a dot where the first and the last curve reach it, and an arrow from one to the
-    other with the ratio of their sizes: "12×" fewer, "0.8×" more. A curve that never gets there has neither.
+    At `level` a dashed line; on it a dot where the first and the last curve reach it, the ratio of their sizes ("12×"
+    fewer, "0.8×" more), and where there is room an arrow. A curve that never gets there has none of them.
     `interval` says in the key what the bands are, `counted` what an edge is. DataError without any curve.
     """
     tasks = list(tasks)
@@ -194,14 +194,14 @@ def draw_curves(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level:
 
 
 LEAST = 7.0
-"""Points between two dots that an arrow needs: what it keeps off them, 4.5, and its head, without which it turns."""
+"""Points between two dots that an arrow needs: 4.5 that it keeps off them, and its head. A shorter one points back."""
 
 
 def apart(axes: Axes, start: float, end: float) -> float:
     """How many points of a page lie between two places on the x axis, as it is now."""
     axes.autoscale_view()
     (left, _), (right, _) = axes.transData.transform([(start, 0.5), (end, 0.5)])
-    return abs(right - left) * 72 / axes.get_figure(root=True).dpi
+    return abs(right - left) * 72 / axes.figure.dpi
 
 
 def draw_ratio(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level: float) -> None:

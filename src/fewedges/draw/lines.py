@@ -16,7 +16,7 @@ from fewedges.errors import DataError
 
 LEFT, RIGHT, BELOW, ABOVE = 0.7, 0.8, 0.4, 0.1  # inches around the axes; direct labels stand at the right
 HIGH, GAP = 1.0, 0.14  # inches: one panel, and the space to the next
-KNOWN = "records with step and edges_per_query_per_head, kl or multiplier"
+KNOWN = "records with step and edges_per_query_per_head, open_heads, kl or multiplier"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def random_masks(matrices: dict[str, Matrix], density: float, rule: str = "erk",
 def moved(
     weight: Float[Tensor, "R C"], worth: Float[Tensor, "R C"], kept: Bool[Tensor, "R C"], drop: float
 ) -> Bool[Tensor, "R C"]:
-    """The next mask of a matrix: as many entries, a fraction `drop` of them chosen anew, those worth most."""
+    """The next mask of a matrix: as many entries, a fraction `drop` of them given up for those worth most."""
     nnz = int(kept.sum())
     count = math.floor(nnz * drop)
     strength = SCORES["magnitude"].of(weight, Evidence()).masked_fill(~kept, -torch.inf)
@@ -63,7 +63,7 @@ class Rewiring:
         moment = self.schedule.at(step)
         if not moment.change:
             return False
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (2**31 - 1))
         for name, matrix in self.guard.matrices.items():
             if matrix.parameter.grad is None:
                 raise ModelError(f"rewire {name} at step {step}", "it has no gradient", "backward() before rewire_")

@@ -23,7 +23,7 @@ from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention import objective, training
 from fewedges.sparsify.attention.constraint import Multiplier, violation
 from fewedges.sparsify.attention.interface import GatePass, is_gated
-from fewedges.sparsify.attention.objective import RARE, open_heads, priced_edges, priced_heads
+from fewedges.sparsify.attention.objective import RARE, priced_edges, priced_heads
 from fewedges.sparsify.attention.student import trained
 from fewedges.sparsify.attention.training import annealed, learning_rate_factor, noise_seed, post_train
 from tiny import NoiseBatches, tiny_loaded
@@ -210,7 +210,7 @@ def test_a_run_that_prepares_its_batches_ahead_gives_the_same_bits(tmp_path, mon
     same(tmp_path / "whole", tmp_path / "ahead")
 
 
-NEWER = ("gate_query", "target_edges", "compiled")
+NEWER = ("gate_query", "target_edges", "compiled", "target_heads", "head_multiplier_start")
 
 
 def forget_newer_fields(folder):
@@ -218,7 +218,8 @@ def forget_newer_fields(folder):
     stored = store.load(folder, "checkpoint")
     known = {name: value for name, value in stored.facts["recipe"].items() if name not in NEWER}
     assert len(known) == len(stored.facts["recipe"]) - len(NEWER)
-    store.save(folder, "checkpoint", stored.tensors, stored.facts | {"recipe": known})
+    older = {name: value for name, value in stored.facts.items() if name != "head_multiplier"}
+    store.save(folder, "checkpoint", stored.tensors, older | {"recipe": known})
 
 
 @pytest.mark.reproduces
@@ -890,12 +891,24 @@ def test_the_price_of_heads_is_a_slow_loops_and_counts_nearly_whole_heads():
     places = list(itertools.product(range(2), range(4)))
     edges = [sum(expected[x, b, h, q].item() for b in range(3) for q in range(5)) / 15 for x, h in places]
     slow = [math.log(1 + e / RARE) / math.log(1 + 1 / RARE) for e in edges]
-    assert priced_heads(expected).item() == pytest.approx(sum(slow) / 8, rel=1e-14)  # measured 2e-16
-    one = torch.zeros(2, 1, 3, 4)
+    assert priced_heads(expected).item() == pytest.approx(sum(slow) / 8, rel=8e-16)  # measured 2e-16
+    one = torch.zeros(2, 1, 3, 4, dtype=torch.float64)
     one[1, 0, 2] = 1.0
-    assert priced_heads(one).item() == pytest.approx(1 / 6, rel=1e-6)  # float32
-    assert open_heads(one) == 1
-    assert open_heads(one * RARE) == 0  # exactly as many as count for nothing
+    assert priced_heads(one).item() == pytest.approx(1 / 6, rel=8e-16)  # measured 2e-16
+
+
+@pytest.mark.matches
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_edges_of_a_head_are_those_of_the_whole_batch(micro_batch):
+    """However it is cut: a head is closed if the batch says so, not if a micro-batch does."""
+    gates, settings = GatePass(), recipe(sampling="none", micro_batch=micro_batch)
+    run = training._start(dense(), settings, NoiseBatches(), None, gated=True)
+    with torch.no_grad():
+        run.student(input_ids=NoiseBatches().at(0, 4).tokens, use_cache=False, gate_pass=gates)
+    edges = gates.open_edges().mean(dim=(1, 3)).flatten()
+    found = sum(run.objective(given)[len(objective.NAMES) :] for given in training._inputs(run, run.data.at(0, 4)))
+    assert torch.allclose(found, edges, rtol=4e-7)  # measured 1e-7, float32
+    assert edges.max() > 1.2 * edges.min() > 0
 
 
 @pytest.mark.stays
@@ -909,13 +922,13 @@ def test_a_target_for_heads_closes_heads_until_it_is_met():
     assert heads[:30] == [8.0] * 30
     assert prices[:30] == sorted(prices[:30])
     assert heads[top] <= 6  # the running mean of some twenty batches passed 5
-    assert max(heads[-10:]) <= 5
+    assert 2 <= min(heads[-10:]) <= max(heads[-10:]) <= 5  # measured 4: on noise it overshoots, and reopens slowly
     assert prices[-1] < prices[top]
     without = post_train(dense(), recipe(**settings), NoiseBatches())
+    gates = GatePass()
     with torch.no_grad():
-        gates = GatePass()
         without.model(input_ids=NoiseBatches().at(0, 4).tokens, use_cache=False, gate_pass=gates)
-    assert open_heads(gates.open_edges()) >= 7  # measured 7
+    assert (gates.open_edges().mean(dim=(1, 3)) > RARE).sum() >= 7  # measured 7
 
 
 @pytest.mark.stays

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = (
     *("steps", "tokens", "minutes", "kl_margin", "loss_margin", "target_edges", "target_heads"),
-    *("log_every", "checkpoint_every", "micro_batch", "graph", "saved"),
+    *("head_multiplier_start", "log_every", "checkpoint_every", "micro_batch", "graph", "saved"),
 )
 """Recipe fields that may differ when a run is resumed; the log keeps the margin of every record."""
 
@@ -78,7 +78,8 @@ def load_checkpoint(run: "Run", folder: Path) -> None:
     run.step, run.seconds = saved.facts["step"], saved.facts["seconds"]
     run.micro_batch = min(run.micro_batch, saved.facts["micro_batch"])
     run.multiplier = Multiplier(**saved.facts["multiplier"])
-    run.head_multiplier = Multiplier(**saved.facts.get("head_multiplier", run.head_multiplier.state()))
+    heads = Multiplier(**saved.facts.get("head_multiplier", run.head_multiplier.state()))
+    run.head_multiplier = run.head_multiplier if heads.mean is None else heads  # its start counts until it has moved
 
 
 def _check_same_run(run: "Run", folder: Path, facts: dict[str, Any]) -> None:

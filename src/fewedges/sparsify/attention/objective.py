@@ -24,8 +24,8 @@ from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import FUSED, GATED, GatePass, gated_forward
 from fewedges.sparsify.distilling import Losses, losses
 
-NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected", "heads")
-"""What a micro-batch contributes to the step's record, in this order."""
+NAMES = ("objective", "kl", "cross_entropy", "dense_cross_entropy", "edges", "expected")
+"""What a micro-batch contributes to the step's record, in this order; after them the edges of every head."""
 
 
 class Inputs(NamedTuple):
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The two models and the recipe; calling it accumulates gradients and returns the contributions (7,)."""
+    """The two models and the recipe; calling it accumulates gradients and returns what this adds to the record (n,)."""
 
     recipe: SparseAttention
     dense: Any
@@ -57,19 +57,20 @@ class Objective:
     gated: bool
     backward: Callable[[Tensor], None]
 
-    def __call__(self, given: Inputs) -> Float[Tensor, "7"]:
+    def __call__(self, given: Inputs) -> Float[Tensor, "n"]:
         compared, gates = self._forward(given)
         now = (compared.objective.detach(), compared.kl, compared.cross_entropy, compared.dense_cross_entropy)
         if not self.gated:
             self.backward(compared.objective)
-            return torch.stack([*now, *(torch.zeros_like(now[0]),) * 3]).float()
+            return torch.stack([*now, *(torch.zeros_like(now[0]),) * 2]).float()
         expected, opened = gates.expected_edges(), gates.open_edges()
         cost = given.price * priced_edges(expected, self.recipe)
         if self.recipe.target_heads is not None:
             cost = cost + given.head_price * priced_heads(expected)
         self.backward(compared.objective + given.share * cost)
-        found = torch.stack([opened.mean(), expected.detach().mean(), open_heads(opened)])
-        return torch.cat([torch.stack(now), given.share * found]).float()
+        by_head = opened.mean(dim=(1, 3))  # (L, H)
+        edges = torch.cat([torch.stack([by_head.mean(), expected.detach().mean()]), by_head.flatten()])
+        return torch.cat([torch.stack(now), given.share * edges]).float()
 
     def _forward(self, given: Inputs) -> tuple[Losses, GatePass]:
         recipe = self.recipe
@@ -116,15 +117,10 @@ def priced_heads(expected: Float[Tensor, "L B H Q"]) -> Float[Tensor, ""]:
     """The share of heads that are open, softly: log(1 + e / RARE) / log(1 + 1 / RARE), meaned over all of them.
 
     A head with no edge counts 0, one with an edge per query 1, one with ten 1.5. The pull on a head, 1 / (e + RARE), is
-    strongest where it is nearly closed and hardly felt where it reads much: the total stays the other price's.
+    strongest where it is nearly closed and hardly felt where it reads much. The edges are those of this micro-batch.
     """
     by_head = expected.mean(dim=(1, 3))  # (L, H)
     return torch.log1p(by_head / RARE).mean() / math.log1p(1 / RARE)
-
-
-def open_heads(opened: Float[Tensor, "L B H Q"]) -> Float[Tensor, ""]:
-    """How many heads open more than RARE edges per query, in evaluation."""
-    return (opened.mean(dim=(1, 3)) > RARE).sum().to(opened.dtype)
 
 
 @contextmanager
@@ -170,7 +166,7 @@ class Graph:
         with torch.cuda.graph(self.graph):
             self.result = objective(self.inputs)
 
-    def __call__(self, given: Inputs) -> Float[Tensor, "7"]:
+    def __call__(self, given: Inputs) -> Float[Tensor, "n"]:
         for mine, new in zip(self.inputs, given, strict=True):
             mine.copy_(new, non_blocking=True)
         self.graph.replay()

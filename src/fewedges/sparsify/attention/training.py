@@ -2,9 +2,9 @@
 
     objective = kl_weight * KL(dense || sparse) + loss_weight * cross-entropy + price * expected edges
 
-per step, with the price moved by constraint.py. Everything random is a function of (seed, step): data order, gate
-noise. So a run that is stopped and resumed, at any step, gives the same bits as one that was not (on CPU). Several
-processes share the batch, and sum what they find: parallel.py.
+per step, and a price on open heads where the recipe has a target for them; constraint.py moves both. Everything random
+is a function of (seed, step): data order, gate noise. So a run that is stopped and resumed, at any step, gives the same
+bits as one that was not (on CPU). Several processes share the batch, and sum what they find: parallel.py.
 """
 
 import logging
@@ -29,7 +29,7 @@ from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention.checkpoint import load_checkpoint, read_log, save_checkpoint
 from fewedges.sparsify.attention.constraint import Multiplier
 from fewedges.sparsify.attention.interface import FUSED
-from fewedges.sparsify.attention.objective import NAMES, Graph, Inputs, Objective, compiled_layers
+from fewedges.sparsify.attention.objective import NAMES, RARE, Graph, Inputs, Objective, compiled_layers
 from fewedges.sparsify.attention.parallel import Team, join, micro_batch, placed
 from fewedges.sparsify.attention.sharding import check_shardable, shard_, wants_shards, whole
 from fewedges.sparsify.attention.student import GATES, at_precision, make_student, start_from_, trained
@@ -210,15 +210,15 @@ def _resume(run: Run) -> None:
 def _step(run: Run) -> Record:
     """One optimiser step: accumulate, clip, update unless something is not finite, check, move the price."""
     _set_learning_rates(run)
-    sums = run.team.sum_(run.parameters, torch.stack(_accumulate_within_memory(run, _batch(run))))
+    sums = run.team.sum_(run.parameters, _accumulate_within_memory(run, _batch(run)))
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
-    found = torch.stack([*sums, norm.detach()])
+    found = torch.cat([norm.detach()[None], sums])
     _update(run, norm, found)
     if run.recipe.graph:
         run.ahead = (run.step + 1, run.data.at(run.step + 1, run.recipe.batch_size))  # while the GPU works
-    values: dict[str, float] = dict(
-        zip((*NAMES, "gradient_norm"), found.tolist(), strict=True)
-    )  # the step's only wait for the GPU
+    numbers: list[float] = found.tolist()  # the step's only wait for the GPU
+    values = dict(zip(("gradient_norm", *NAMES), numbers, strict=False))
+    values["heads"] = float(sum(edges > RARE for edges in numbers[1 + len(NAMES) :]))
     if run.step == 0:
         warn_near_chance(run, values["dense_cross_entropy"])
     _check_finite(run, values)
@@ -254,7 +254,7 @@ def _update(run: Run, norm: Tensor, found: Tensor) -> None:
     run.optimizer.step()
 
 
-def _accumulate_within_memory(run: Run, batch: Batch) -> list[Tensor]:
+def _accumulate_within_memory(run: Run, batch: Batch) -> Tensor:
     """Accumulate gradients; when memory runs out, halve the micro-batch and keep the batch."""
     while True:
         try:
@@ -270,12 +270,11 @@ def _accumulate_within_memory(run: Run, batch: Batch) -> list[Tensor]:
         torch.cuda.empty_cache()
 
 
-def _accumulate(run: Run, batch: Batch) -> list[Tensor]:
+def _accumulate(run: Run, batch: Batch) -> Tensor:
     """Gradients of this process's windows, micro-batch by micro-batch, and what they contribute to the record."""
     if run.graph is None:
         run.optimizer.zero_grad(set_to_none=True)
-    sums = [_piece(run)(given) for given in _inputs(run, batch)]
-    return list(torch.stack(sums).sum(0).unbind())
+    return torch.stack([_piece(run)(given) for given in _inputs(run, batch)]).sum(0)
 
 
 def _piece(run: Run) -> Callable[[Inputs], Tensor]:
