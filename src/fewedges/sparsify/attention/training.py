@@ -217,7 +217,7 @@ def _step(run: Run) -> Record:
     if run.recipe.graph:
         run.ahead = (run.step + 1, run.data.at(run.step + 1, run.recipe.batch_size))  # while the GPU works
     numbers: list[float] = found.tolist()  # the step's only wait for the GPU
-    values = dict(zip(("gradient_norm", *NAMES), numbers, strict=False))
+    values: Record = dict(zip(("gradient_norm", *NAMES), numbers, strict=False))
     values["heads"] = float(sum(edges > RARE for edges in numbers[1 + len(NAMES) :]))
     if run.step == 0:
         warn_near_chance(run, values["dense_cross_entropy"])
