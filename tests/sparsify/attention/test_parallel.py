@@ -21,7 +21,7 @@ from fewedges import store
 from fewedges.errors import FewedgesError, Interrupted, StoreError
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention import training
-from fewedges.sparsify.attention.parallel import join, local_device
+from fewedges.sparsify.attention.parallel import join, leave, local_device
 from fewedges.sparsify.attention.student import trained
 from fewedges.sparsify.attention.training import post_train
 from tiny import NoiseBatches, tiny_loaded
@@ -88,6 +88,7 @@ def worker(place):
     found = join(dense().model).first_then_all(lambda: "found" if cache.exists() else cache.write_text(str(rank)))
     outcomes |= {"written": written, "held": held, "cache": found}
     (place / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    leave()  # once in a long while a process that ended inside its group aborted: a thread of gloo's was still there
 
 
 def scenarios(place, rank, held):
