@@ -231,6 +231,18 @@ def test_an_unknown_name_gives_a_hint(name):
         load(name)
 
 
+@pytest.mark.says
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_from_pretrained", lambda name, dtype: pytest.fail(f"{name} was asked of the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/sparse", "./sparse", "/nowhere/sparse", "~/sparse", "a/b/c"):
+        with pytest.raises(ModelError, match=rf"load {name}: no such folder.*Try: a hub id"):
+            load(name)
+    assert not loading._means_a_folder("someone/model")
+    assert not loading._means_a_folder("gpt2")
+
+
 @pytest.mark.survives
 def test_an_unknown_number_format_is_our_error(folder):
     for dtype in ("float33", "nn", "int64"):

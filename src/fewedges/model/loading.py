@@ -104,6 +104,9 @@ def _placed(name: str | Path, model: Any, device: str) -> Any:
         ) from error
 
 
+HINT = "a hub id that can be reached, a folder with config.json and model.safetensors, `smollm2` or `addition`"
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -120,7 +123,14 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         name = str(folder)
     if name.endswith(".gguf"):
         return _read_gguf(Path(name), dtype)
+    if _means_a_folder(name) and not Path(name).exists():
+        raise ModelError(f"load {name}", f"no such folder (from {Path.cwd()})", HINT)
     return _from_pretrained(name, dtype), _tokenizer(name)
+
+
+def _means_a_folder(name: str) -> bool:
+    """Whether a name can be no hub id, or is one only by chance: `runs/sparse` where a folder `runs` is."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
 
 
 def _from_pretrained(name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
@@ -133,8 +143,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
         found: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
         model, report = found
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
-        hint = "a hub id that can be reached, a folder with config.json and model.safetensors, `smollm2` or `addition`"
-        raise ModelError(asked, f"{type(error).__name__}: {_first_line(error)}", hint) from error
+        raise ModelError(asked, f"{type(error).__name__}: {_first_line(error)}", HINT) from error
     lost = [*report["missing_keys"], *report.get("mismatched_keys", ())]
     if lost:
         raise ModelError(asked, f"{len(lost)} weights missing, first {lost[0]}", "a complete checkpoint")
