@@ -197,7 +197,7 @@ LEAST = 7.0
 """Points between two dots that an arrow needs: 4.5 that it keeps off them, and its head. A shorter one points back."""
 
 
-def apart(axes: Axes, start: float, end: float) -> float:
+def points_between(axes: Axes, start: float, end: float) -> float:
     """How many points of a page lie between two places on the x axis, as it is now."""
     axes.autoscale_view()
     (left, _), (right, _) = axes.transData.transform([(start, 0.5), (end, 0.5)])
@@ -221,7 +221,7 @@ def draw_ratio(axes: Axes, curves: list[Curve], plan: Plan, look: Theme, level: 
         "shrinkA": 2.5,
         "shrinkB": 2.0,
     }
-    if apart(axes, start, end) > LEAST:
+    if points_between(axes, start, end) > LEAST:
         axes.annotate("", (end, level), (start, level), arrowprops=arrow, zorder=6)
     write_ratio(axes, min(start, end), (start * end) ** 0.5, level, ratio(start, end), look)
 
