@@ -5,10 +5,11 @@
 
 check: relative 2-norms of output and gradients against masked SDPA in float32, at T = 1024, beside masked SDPA in
 bfloat16; the exit code says if FlexAttention is twice as wrong. Times by CUDA events as in benchmarks/attention.py
-(cold L2), bfloat16, causal. `kernel` has its block mask at hand and is replayed as a CUDA graph; `call` is a layer's
-whole call as attending.py makes it, block mask and reordering included, launched from Python. Columns: density of the
-causal triangle, edges per query per head, cover of its 128 x 128 blocks (what FlexAttention computes), speed-up over
-dense flash attention run the same way; 1 / cover is its limit.
+(cold L2), bfloat16, causal. `kernel` has its block mask at hand and is replayed as a CUDA graph; `layer` is a layer's
+whole call as attending.py makes it, reordering included, launched from Python; `first` is that of the first layer of a
+forward pass, which lays the rule and its block mask for the rest. Columns: density of the causal triangle, edges per
+query per head, cover of its 128 x 128 blocks (what FlexAttention computes), speed-up over dense flash attention run the
+same way; 1 / cover is its limit.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 from attention import row, write_rows
@@ -32,8 +32,6 @@ from fewedges.sparsify.fixed_attention import BigBird, BlockButterfly, Fixed, Fu
 from fewedges.sparsify.pattern import Pattern
 
 HEADS, WIDTH, TOKENS = 12, 64, 16384
-BLOCK = 128
-"""Side of FlexAttention's blocks."""
 SDPA = torch.nn.functional.scaled_dot_product_attention
 Run = Callable[[], object]
 
@@ -77,7 +75,8 @@ def times(options: argparse.Namespace, device: torch.device, unit: int, timed: C
     for length in options.lengths:
         tensors = inputs(max(1, TOKENS // length) if device.type == "cuda" else 1, length, device)
         shape, base = f"B{len(tensors[0])} H{HEADS} T{length} E{WIDTH}", {}
-        for way, run in both(functools.partial(flash, *tensors), functools.partial(flash, *tensors), tensors):
+        plain = functools.partial(flash, *tensors)
+        for way, run in ways(tensors, kernel=plain, layer=plain, first=plain):
             base[way] = timed(f"sdpa {way}", shape, run)
             yield base[way] | dict.fromkeys(("density", "cover", "speedup"), "1") | {"edges": f"{(length + 1) / 2}"}
         for name, rule in rules(unit).items():
@@ -91,12 +90,20 @@ def time_rule(name: str, rule: Rule, tensors: list[Tensor], shape: str, base: di
     """The kernel forward, and with its backward pass; and the whole call of a layer."""
     query, key, value = tensors
     length, device = query.shape[2], query.device
-    kept, order = laid(rule, length, device), rule.order(length) if hasattr(rule, "order") else None
-    known = cost(kept[0, 0], order)
-    whole = functools.partial(attending._reordered(attending.flex_attention, order), query, key, value, kept)
-    seen = kept if order is None else kept[..., order.to(device), :][..., order.to(device)]
-    kernel = functools.partial(attending._flex(query.is_cuda), query, key, value, **handed_over(tensors, seen))
-    for way, run in both(kernel, whole, tensors):
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    layer = attending.Laid(rule, HEADS, None, "flex")
+    kept = layer.kept(mask, query, key)
+    known = cost(kept.mask[0, 0])
+    kernel = functools.partial(attending._flex(query.is_cuda), query, key, value, block_mask=kept.blocks)
+
+    def whole() -> Tensor:
+        return attending.flex_attention(query, key, value, layer.kept(mask, query, key))
+
+    def first() -> Tensor:
+        layer._seen.clear()
+        return whole()
+
+    for way, run in ways(tensors, kernel=kernel, layer=whole, first=first):
         try:
             found = timed(f"{name} {way}", shape, run)
         except Exception as error:  # one that does not run here does not take the others with it
@@ -107,10 +114,10 @@ def time_rule(name: str, rule: Rule, tensors: list[Tensor], shape: str, base: di
         yield found | known | {"speedup": f"{speedup:.3f}"}
 
 
-def both(kernel: Callable[[], Tensor], whole: Callable[[], Tensor], tensors: list[Tensor]) -> Iterator[tuple[str, Run]]:
-    """The kernel replayed as a CUDA graph, and the whole call: forward, and with the gradients of all inputs."""
+def ways(tensors: list[Tensor], **calls: Callable[[], Tensor]) -> Iterator[tuple[str, Run]]:
+    """Each call forward, and with the gradients of all inputs; the kernel replayed as a CUDA graph."""
     pull = torch.randn_like(tensors[0])
-    for name, attend in (("kernel", kernel), ("call", whole)):
+    for name, attend in calls.items():
         runs: dict[str, Run] = {"fwd": attend}
         if tensors[0].is_cuda:  # FlexAttention has no backward pass on a CPU
             runs["fwd+bwd"] = functools.partial(backward, attend, tensors, pull)
@@ -156,17 +163,10 @@ def laid(rule: Rule, length: int, device: torch.device) -> Tensor:
     return mask.to(device).tril()[None, None]
 
 
-def handed_over(tensors: list[Tensor], kept: Tensor) -> dict[str, object]:
-    """What attending.flex_attention gives the kernel beside query, key and value: the block mask."""
-    with mock.patch.object(attending, "_flex", return_value=lambda *_, **given: given):
-        return attending.flex_attention(*tensors, kept)  # type: ignore[return-value]
-
-
-def cost(kept: Tensor, order: Tensor | None) -> dict[str, str]:
+def cost(kept: Tensor) -> dict[str, str]:
     """Density of the causal triangle, edges per query per head, and cover of its blocks in the order they are run."""
     length, edges = len(kept), int(kept.sum())
-    seen = kept if order is None else kept[order.to(kept.device)][:, order.to(kept.device)]
-    layout = Pattern(seen).layout(BLOCK)
+    layout = Pattern(kept).layout(attending.BLOCK)
     blocks = len(layout) * (len(layout) + 1) / 2
     density = edges / (length * (length + 1) / 2)
     return {"density": f"{density:.4f}", "cover": f"{int(layout.sum()) / blocks:.4f}", "edges": f"{edges / length:.1f}"}
@@ -183,10 +183,10 @@ def check(device: torch.device, unit: int, length: int) -> float:
     wide = [x.detach().float().requires_grad_(x.is_cuda) for x in tensors]
     for name, rule in rules(unit).items():
         kept = laid(rule, length, device)
-        order = rule.order(length) if hasattr(rule, "order") else None
-        flex = attending._reordered(attending.flex_attention, order)
+        seen = attending.blocked(kept, rule.order(length) if hasattr(rule, "order") else None)
         truth = results(attending.masked_attention, wide, kept)
-        ours, same = results(flex, tensors, kept), results(attending.masked_attention, tensors, kept)
+        ours = results(attending.flex_attention, tensors, seen)
+        same = results(attending.masked_attention, tensors, kept)
         wrong, plain = ([relative(a, b) for a, b in zip(x, truth, strict=False)] for x in (ours, same))
         print(f"{name:32} flex", *(f"{e:.1e}" for e in wrong), "sdpa", *(f"{e:.1e}" for e in plain), flush=True)
         ratios = [a / max(b, 2e-6) for a, b in zip(wrong, plain, strict=False)]
@@ -194,7 +194,7 @@ def check(device: torch.device, unit: int, length: int) -> float:
     return worst
 
 
-def results(attend: Callable, tensors: list[Tensor], kept: Tensor) -> list[Tensor]:
+def results(attend: Callable, tensors: list[Tensor], kept: object) -> list[Tensor]:
     """The output, and on a GPU the gradients of query, key and value for one fixed pull."""
     output = attend(*tensors, kept)
     if not output.is_cuda:

@@ -2,9 +2,9 @@
 
     python scripts/circuit_figures.py results/circuits docs/figures
 
-draws RESULTS/circuits-TASK.json of four tasks as one figure (explained-effect), RESULTS/mean/circuits-TASK.json the
-same with mean ablation, RESULTS/few-heads/power-1/circuits-TASK.json with half of the heads closed, and the two
-circuits of Greater Than side by side (connectivity), light and dark.
+draws, light and dark, RESULTS/few-heads/circuits-TASK.json of four tasks as one figure (explained-effect), the same
+with mean ablation (explained-effect-mean), both for RESULTS/sparse (explained-effect-sparse, -sparse-mean), and the two
+circuits of Greater Than in few-heads side by side (connectivity).
 """
 
 import sys
@@ -18,8 +18,8 @@ from fewedges.pictures import draw_circuits, draw_effects
 
 
 def main(results: Path, out: Path) -> None:
-    few = results / "few-heads" / "power-1"
-    for folder, end in ((results, ""), (results / "mean", "-mean"), (few, "-few-heads")):
+    ends = {"few-heads": "", "few-heads/mean": "-mean", "sparse": "-sparse", "sparse/mean": "-sparse-mean"}
+    for folder, end in ((results / name, end) for name, end in ends.items()):
         paths = {title: folder / f"circuits-{task}.json" for task, title in NAMES.items()}
         found = {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
         for theme in ("light", "dark"):

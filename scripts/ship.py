@@ -1,9 +1,10 @@
 """Make the form of a run that comes with the package: adapters in int8, gates as they are, its control likewise.
 
     python scripts/ship.py /path/to/run --results results/smollm2-1024/shipped.json
+    python scripts/ship.py /path/to/run --results results/circuits/few-heads/headline.json --name smollm2-few-heads
 
-writes src/fewedges/assets/smollm2-sparse, which `fewedges.load("smollm2-sparse")` reads. With --results, the json of
-`fewedges measure --json` goes into the manifest and the model card: measure the folder, and run this again.
+writes src/fewedges/assets/NAME, which `fewedges.load(NAME)` reads. With --results, the json of `fewedges measure
+--json` goes into the manifest and the model card: measure the folder, and run this again.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import fewedges as fe
 from fewedges.sparsify.attention.packing import pack, unpack
-from fewedges.sparsify.attention.result import ASSETS
+from fewedges.sparsify.attention.result import ASSETS, SHIPPED
 from fewedges.sparsify.attention.student import trained_weights
 
 
@@ -29,8 +30,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--out", type=Path, default=ASSETS / "smollm2-sparse")
+    parser.add_argument("--name", default=SHIPPED[0], choices=SHIPPED)
+    parser.add_argument("--out", type=Path, help="default: the package's assets, under --name")
     args = parser.parse_args()
+    args.out = args.out or ASSETS / args.name
     sparse = fe.load(args.run)
     for model in (sparse.model, sparse.control.model):
         pack_(model)

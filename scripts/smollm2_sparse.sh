@@ -1,6 +1,6 @@
 #!/bin/bash
-# How smollm2-sparse was made: two legs at T = 1024 from results/smollm2/run, each with its dense control, every number, the
-# package's form.
+# How smollm2-sparse and smollm2-few-heads were made: three legs at T = 1024 from results/smollm2/run, each with its dense
+# control, every number, the package's forms. (What ships as few-heads went on from the int8 form of sparser.)
 #
 #   TRAIN=train.txt.xz VALID=valid.txt WIKI=wikitext2 PAIRS=blimp-20x200.jsonl SEED=0 bash scripts/smollm2_sparse.sh OUT
 #
@@ -32,4 +32,10 @@ for what in control sparse; do
     train "$what" "$out/headline" "sparser" steps=5000 target_edges=0.72 multiplier_start=0.055 multiplier_rate=0.004
 done
 measure sparser
-python scripts/ship.py "$out/sparser" ${ASSETS:+--out "$ASSETS"}
+python scripts/ship.py "$out/sparser" --results "$out/sparser.json" --out "${ASSETS:-src/fewedges/assets}/smollm2-sparse"
+for what in control sparse; do
+    train "$what" "$out/sparser" "few-heads" steps=5000 target_edges=1.36 head_closing=1.0 multiplier_start=0.055 \
+        multiplier_rate=0.002
+done
+measure few-heads
+python scripts/ship.py "$out/few-heads" --results "$out/few-heads.json" --out "${ASSETS:-src/fewedges/assets}/smollm2-few-heads"

@@ -6,11 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from fewedges.errors import ModelError, RecipeError
 from fewedges.model.attention import attention_by, dense_attention, register
 from fewedges.model.probes import causal, decode, padding
-from fewedges.sparsify.attending import attend_, attending, flex_attention, masked_attention, patterns
+from fewedges.sparsify.attending import (
+    attend_,
+    attending,
+    block_mask,
+    blocked,
+    flex_attention,
+    masked_attention,
+    patterns,
+)
 from fewedges.sparsify.fixed_attention import BigBird, BlockButterfly, Fixed, Full, Heads, Local, Strided, Union
 from tiny import SUPPORTED, NoiseBatches, tiny_loaded
 
@@ -154,9 +163,50 @@ def test_flex_attention_gives_0_to_a_query_without_a_key():
     q, k, v = torch.randn(3, 1, 2, 20, 8)
     kept = torch.rand(1, 2, 20, 20) < 0.3
     kept[:, :, 5] = False
-    mine, wanted = flex_attention(q, k, v, kept), masked_attention(q, k, v, kept)
+    mine, wanted = flex_attention(q, k, v, blocked(kept)), masked_attention(q, k, v, kept)
     assert not mine[:, :, 5].any()
     torch.testing.assert_close(mine, wanted, rtol=0, atol=9e-7)  # measured 2.4e-7
+
+
+@pytest.mark.matches
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 300), st.integers(1, 300), st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 3)]))
+def test_the_block_mask_is_the_one_that_torch_evaluates_entry_by_entry(seed, queries, keys, shape):
+    torch.manual_seed(seed)
+    scale = torch.rand(-(-queries // 64), -(-keys // 64)).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    kept = torch.rand(*shape, queries, keys) < 2 * scale[:queries, :keys] - 0.5  # blocks with all, some and no entries
+    mine = block_mask(kept)
+    wanted = create_block_mask(lambda b, h, q, k: kept[b, h, q, k], *shape, queries, keys, device="cpu")
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts = [getattr(blocks, f"{name}_num_blocks") for blocks in (mine, wanted)]
+        assert torch.equal(*counts)
+        for row in range(counts[0].shape[-1]):  # what stands behind the count is not read
+            listed = [getattr(blocks, f"{name}_indices")[..., row, :] for blocks in (mine, wanted)]
+            there = torch.arange(listed[0].shape[-1]) < counts[0][..., row, None]
+            assert torch.equal(*(x.masked_fill(~there, -1) for x in listed))
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("run", ["masked", "flex"])
+def test_layers_with_one_rule_lay_it_once_for_a_mask_and_anew_when_the_mask_changes(run):
+    loaded = tiny_loaded("llama")
+    attend_(loaded.model, loaded.anatomy, LAYERS[0], run=run)
+    laid, other = (module.fixed_attention for module in loaded.anatomy.modules(loaded.model))
+    assert other is laid
+    query, key = torch.randn(2, 4, LENGTH, 8), torch.randn(2, 2, LENGTH, 8)
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    first = laid.kept(mask, query, key)
+    assert first.mask.shape == (1, 4, LENGTH, LENGTH)  # no padding: one for the batch
+    assert laid.kept(mask, query, key) is first
+    assert laid.kept(mask.clone(), query, key) is not first
+    mask[1, :, :, :3] = False  # the second text begins at 3
+    changed = laid.kept(mask, query, key)
+    assert torch.equal(changed.mask[:1], first.mask)
+    assert torch.equal(changed.mask[1, :, 3:, 3:], first.mask[0, :, : LENGTH - 3, : LENGTH - 3])
+    with torch.inference_mode():  # a mask that cannot tell of changes is laid every time
+        there = mask.clone()
+        assert laid.kept(there, query, key) is not laid.kept(there, query, key)
+    assert not copy.deepcopy(laid)._seen
 
 
 @pytest.mark.matches

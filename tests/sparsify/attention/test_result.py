@@ -558,29 +558,30 @@ def test_gates_only_equals_constant_gates_made_by_hand(bases, name, bias):
     assert [n for n, p in sparse.model.named_parameters() if n.endswith("gate_bias") and p.requires_grad] == []
 
 
-# -- the run that comes with the package -----------------------------------------------------------------------
-
-SHIPPED = result.ASSETS / "smollm2-sparse"
+# -- the runs that come with the package -----------------------------------------------------------------------
 
 
 @pytest.mark.says
-def test_the_shipped_run_is_whole_small_and_says_what_it_is():
-    saved = store.load(SHIPPED, result.KIND)  # checks every sha256
-    control = store.load(SHIPPED / "control", result.CONTROL)
+@pytest.mark.parametrize("name", result.SHIPPED)
+def test_a_shipped_run_is_whole_small_and_says_what_it_is(name):
+    folder = result.ASSETS / name
+    saved = store.load(folder, result.KIND)  # checks every sha256
+    control = store.load(folder / "control", result.CONTROL)
     assert saved.facts["base"] == control.facts["base"]
     assert saved.facts["base"]["name"] == "smollm2"
     assert saved.facts["recipe"]["saved"] == "int8"
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 40e6
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6
     assert {"dense", "control", "sparse"} <= set(saved.facts["results"])
-    card = (SHIPPED / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert f"{saved.facts['results']['sparse']['edges_per_query_per_head']:.4g}" in card
 
 
 @pytest.mark.survives
-def test_the_shipped_run_without_its_base_says_how_to_get_it():
+@pytest.mark.parametrize("name", result.SHIPPED)
+def test_a_shipped_run_without_its_base_says_how_to_get_it(name):
     with pytest.raises(ModelError, match="Try: `fewedges get smollm2`"):  # the cache of a test is empty
-        fe.load("smollm2-sparse")
+        fe.load(name)
 
 
 @pytest.mark.reproduces

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fewedges.sparsify.pruned import Pruned
 
 KIND, CONTROL = "sparse-attention", "dense-control"
-SHIPPED = ("smollm2-sparse",)
+SHIPPED = ("smollm2-sparse", "smollm2-few-heads")
 """Runs in the package's assets, loaded by name."""
 
 
@@ -278,7 +278,8 @@ def load(
 ) -> "Sparse | Loaded | Pruned":
     """Load a saved run (sparse attention, or sparse weights) or a dense model (hub id, folder, .gguf, built-in).
 
-    `smollm2-sparse` is a run that comes with the package; its base comes with `fewedges get smollm2`.
+    `smollm2-sparse` (the fewest edges) and `smollm2-few-heads` (the smallest circuits) are runs that come with the
+    package; their base comes with `fewedges get smollm2`.
     With `gate_bias`, the weights of a dense checkpoint are run through constant gates `score + gate_bias > 0`.
     """
     name = ASSETS / name if name in SHIPPED else name
