@@ -1,7 +1,9 @@
 """Explained effect against attention edges: run tasks on a sparse run, save results, draw all of them in one figure.
 
-python scripts/attention_circuits.py run RUN results/circuits ioi greater_than docstring ioi_long
-python scripts/attention_circuits.py draw results/circuits docs/figures ioi greater_than docstring ioi_long
+python scripts/attention_circuits.py run RUN results/circuits/few-heads ioi greater_than docstring ioi_long
+python scripts/attention_circuits.py draw results/circuits/few-heads docs/figures ioi greater_than docstring ioi_long
+python scripts/attention_circuits.py draw results/circuits/sparse docs/figures ioi greater_than docstring ioi_long \
+    end=sparse
 """
 
 import sys
@@ -33,14 +35,14 @@ def run(folder: str, out: Path, tasks: list[str], options: dict[str, Any], end: 
         print(found, *[f"{name}\n{curve}" for name, curve in found.curves.items()], sep="\n", flush=True)
 
 
-def draw(results: Path, out: Path, tasks: list[str]) -> None:
+def draw(results: Path, out: Path, tasks: list[str], name: str = "") -> None:
     """Draw the curves of saved results, in both themes."""
     from fewedges.explain.attention_explaining import read_attention_explained
     from fewedges.pictures import draw_attention_circuits
 
     read = {NAMES.get(task, task): read_attention_explained(results / f"attention-{task}.json") for task in tasks}
     for theme in ("light", "dark"):
-        for path in draw_attention_circuits(read, out, theme=theme):
+        for path in draw_attention_circuits(read, out, name=name, theme=theme):
             tell(str(path))
 
 
@@ -50,11 +52,11 @@ def tell(line: str) -> None:
 
 if __name__ == "__main__":
     verb, first, second, *rest = sys.argv[1:]
-    pairs = [word.split("=") for word in rest if "=" in word]
+    pairs = [word.split("=", 1) for word in rest if "=" in word]
     names = [word for word in rest if "=" not in word]
     if verb == "run":
         options: dict[str, Any] = {name: int(x) if x.isdigit() else x for name, x in pairs}
         end = f"-{options.pop('end')}" if "end" in options else ""
         run(first, Path(second), names, {n: bool(x) if n in FLAGS else x for n, x in options.items()}, end)
     else:
-        draw(Path(first), Path(second), names)
+        draw(Path(first), Path(second), names, dict(pairs).get("end", ""))

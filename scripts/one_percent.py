@@ -7,7 +7,8 @@ machine's CPU or, with --device cuda, its GPU. Written to --out:
 
     one-percent.json         a case a shape and M: speed-ups, the limit by the measured peaks, all rows, the protocol
     hardware.json, .csv      the table of `fewedges hardware` for three shapes, all ways, six densities
-    and with --figures DIR   hardware-blocks and hardware-speedup, SVG and PNG, drawn from real patterns and this table
+    and with --figures DIR   hardware-blocks and hardware-speedup, SVG and PNG, drawn from real patterns and this table,
+                             and hardware-one-percent, a panel for every device that has a folder beside --out
 
 --only-figures draws again from what is there. Other work on a machine shows as spread: p20 and p80
 of paired ratios; on a busy CPU take --threads 1 --clock thread.
@@ -26,6 +27,8 @@ from fewedges import store
 from fewedges.draw import save
 from fewedges.draw.covered import Covered, covered
 from fewedges.draw.hardware import speedups
+from fewedges.draw.one_percent import one_percent as draw_one_percent
+from fewedges.draw.theme import THEMES
 from fewedges.measure.hardware import Hardware
 from fewedges.measure.speed import hardware
 from fewedges.sparsify.butterfly import flat_butterfly
@@ -153,7 +156,11 @@ def table(args):
 def draw(results, figures):
     """Both pictures: blocks from patterns made here, speed-ups from the table that was saved."""
     save(covered(patterns()), figures / "hardware-blocks")
-    save(speedups(Hardware.load(results).to_dict()), figures / "hardware-speedup")
+    if (results / "hardware.json").exists():
+        save(speedups(Hardware.load(results).to_dict()), figures / "hardware-speedup")
+    measured = [json.loads(path.read_text()) for path in sorted(results.parent.glob("*/one-percent.json"))]
+    for theme in THEMES:
+        save(draw_one_percent(measured, theme=theme), figures / f"hardware-one-percent-{theme}")
 
 
 def patterns(side=1024, block=32):
