@@ -41,14 +41,22 @@ def draw_explained(found: Sequence[Any], out: Path, *, name: str = "", theme: st
     return files
 
 
-def draw_effects(found: Sequence[Any], stem: Path, *, theme: str = "light") -> list[Path]:
-    """Write the curves of explained tasks, one column each."""
+def draw_effects(found: Sequence[Any], stem: Path, *, title: str = "", theme: str = "light") -> list[Path]:
+    """Write the curves of explained tasks, one column each; the title says models, ablation and prompts."""
     from fewedges.draw import save
     from fewedges.draw.curve import explained_effect
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    models = sorted({one.model for one in found})
-    return save(explained_effect([_effects(one) for one in found], title=", ".join(models), theme=theme), stem)
+    title = "; ".join([title or ", ".join(sorted({one.model for one in found})), *_protocol(found)])
+    return save(explained_effect([_effects(one) for one in found], title=title, theme=theme), stem)
+
+
+def _protocol(found: Sequence[Any]) -> list[str]:
+    """What all these results share: their ablation, and how many prompts were measured."""
+    ablations = {one.facts.get("ablation") for one in found} - {None}
+    prompts = {len(curve.full) for one in found for curve in one.curves.values()}
+    said = [f"{'/'.join(sorted(ablations))} ablation"] if ablations else []
+    return [*said, f"{'–'.join(map(str, sorted({min(prompts), max(prompts)})))} held-out prompts"]
 
 
 def draw_circuits(found: Any, stem: Path, *, theme: str = "light") -> list[Path]:

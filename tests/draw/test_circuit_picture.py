@@ -120,16 +120,18 @@ def test_no_text_is_cut_off(outside, layers, heads):
 
 
 @pytest.mark.stays
-def test_many_edges_are_fainter_and_more_than_a_few_thousand_an_image():
+def test_many_edges_are_fainter_alike_in_all_panels_and_more_than_a_few_thousand_an_image():
     graph = Graph(layers=8, heads=8, key_readers=8)
     names = graph.names(graph.real)
     assert len(names) > 4_000
-    figure = circuits([picture(some, layers=8, heads=8) for some in (names[:20], names[:500], names)])
+    shown = [picture(some, layers=8, heads=8) for some in (names[:20], names[:500], names)]
+    figure = circuits(shown)
     lines = [artist(figure, f"circuit-edges-{index}") for index in range(3)]
-    strengths = [one.get_alpha() for one in lines]
-    assert strengths == sorted(strengths, reverse=True)
-    assert len(set(strengths)) == 3
     assert [bool(one.get_rasterized()) for one in lines] == [False, False, True]
+    assert len({one.get_alpha() for one in lines}) == 1  # ink compares between panels
+    alone = [artist(circuits([one]), "circuit-edges-0").get_alpha() for one in shown]
+    assert alone[0] > lines[0].get_alpha() > alone[2]
+    assert alone[0] > alone[1] > alone[2]
 
 
 @pytest.mark.reproduces

@@ -29,7 +29,7 @@ LIFT = 0.42  # rows by which an MLP stands above the heads of its layer
 MLP, ARC = 0.35, 0.6  # columns from the place of one more head to the MLP; of the widest arc
 ARROW = 0.11  # inches from the left edge to the arrow
 VECTOR_EDGES = 4_000  # more lines than this become an image inside the SVG
-FULL = 60  # edges that are drawn at full strength; with more, each is the fainter
+FULL = 60  # edges that are drawn at full strength; with more, all are the fainter
 NODE = re.compile(r"(?:a(\d+)\.([hg])(\d+)|m(\d+)|(input|embed)|(logits))(?:<([qkv])>)?")
 SIDES = {"q": -1.0, "k": 0.0, "v": 1.0}  # from the middle of a head to where it reads, in radii
 
@@ -71,8 +71,8 @@ class CircuitPicture:
 def circuits(pictures: Sequence[CircuitPicture], *, title: str = "", theme: str = "light") -> Figure:
     """Draw circuits side by side on one scale, with the number of edges above each.
 
-    A component at an end of an edge is outlined, the others are grey. The more edges, the fainter each line; that is
-    so in each panel for itself. DataError if the models differ in layers or heads.
+    A component at an end of an edge is outlined, the others are grey. The more edges, the fainter each line, alike in
+    all panels. DataError if the models differ in layers or heads.
     """
     pictures = list(pictures)
     shapes = {(picture.layers, picture.heads) for picture in pictures}
@@ -82,9 +82,12 @@ def circuits(pictures: Sequence[CircuitPicture], *, title: str = "", theme: str 
     with styled(theme) as look:
         plan = arrange(pictures, title)
         figure = Figure(figsize=(plan.width, plan.height))
-        for index, picture in enumerate(pictures):
+        drawn = [lines_of(picture, plan.dot / 144 / plan.column) for picture in pictures]
+        strength = strength_of([len(lines) for lines in drawn])
+        for index, (picture, lines) in enumerate(zip(pictures, drawn, strict=True)):
             axes = axes_at(figure, plan.left(index), BELOW, plan.panel_width, plan.panel_height)
-            draw_circuit(axes, picture, plan, look, index)
+            draw_edges(axes, lines, strength, plan, look, index)
+            draw_nodes(axes, picture, plan, look, index)
             middle, top = plan.left(index) + plan.panel_width / 2, BELOW + plan.panel_height + 0.05
             draw_heading(figure, heading_of(picture, plan.panel_width + GAP), middle, top, look)
         draw_layers(figure, plan, look)
@@ -225,18 +228,23 @@ def line(start: tuple[float, float], end: tuple[float, float], layers: int) -> F
 # -- drawing -----------------------------------------------------------------------------------------------------
 
 
-def draw_circuit(axes: Axes, picture: CircuitPicture, plan: Plan, look: Theme, index: int) -> None:
-    """Draw edges and components of one circuit."""
+def strength_of(counts: Sequence[int]) -> float:
+    """How opaque a line is, for panels of so many lines: by their geometric mean, so that ink compares."""
+    middle = float(np.exp(np.mean(np.log(np.maximum(counts, 1)))))
+    return float(np.clip((FULL / middle) ** 0.5, 0.12, 0.9))
+
+
+def draw_edges(
+    axes: Axes, paths: Sequence[Float[np.ndarray, "M 2"]], strength: float, plan: Plan, look: Theme, index: int
+) -> None:
+    """Set up a panel, and draw the edges of its circuit."""
     axes.set_axis_off()
     axes.set_xlim(-0.7, plan.heads - 0.9 + ASIDE)
     axes.set_ylim(-MARGIN / plan.row, plan.layers + 1 + MARGIN / plan.row)
-    paths = lines_of(picture, plan.dot / 144 / plan.column)
-    strength = float(np.clip((FULL / max(len(paths), 1)) ** 0.5, 0.12, 0.9))
-    lines = LineCollection(paths, colors=look.series[0], alpha=strength, linewidths=0.55, zorder=1)
+    lines = LineCollection(list(paths), colors=look.series[0], alpha=strength, linewidths=0.55, zorder=1)
     lines.set_rasterized(len(paths) > VECTOR_EDGES)
     lines.set_gid(f"circuit-edges-{index}")
     axes.add_collection(lines, autolim=False)
-    draw_nodes(axes, picture, plan, look, index)
 
 
 def draw_nodes(axes: Axes, picture: CircuitPicture, plan: Plan, look: Theme, index: int) -> None:
