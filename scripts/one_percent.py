@@ -7,8 +7,9 @@ machine's CPU or, with --device cuda, its GPU. Written to --out:
 
     one-percent.json         a case a shape and M: speed-ups, the limit by the measured peaks, all rows, the protocol
     hardware.json, .csv      the table of `fewedges hardware` for three shapes, all ways, six densities
-    and with --figures DIR   hardware-blocks and hardware-speedup, SVG and PNG, drawn from real patterns and this table,
-                             and hardware-one-percent, a panel for every device that has a folder beside --out
+    and with --figures DIR   hardware-blocks and hardware-speedup, drawn from real patterns and this table, and
+                             hardware-one-percent, a panel for every device that has a folder beside --out; SVG and
+                             PNG, -light and -dark
 
 --only-figures draws again from what is there. Other work on a machine shows as spread: p20 and p80
 of paired ratios; on a busy CPU take --threads 1 --clock thread.
@@ -31,8 +32,7 @@ from fewedges.draw.one_percent import one_percent as draw_one_percent
 from fewedges.draw.theme import THEMES
 from fewedges.measure.hardware import Hardware
 from fewedges.measure.speed import hardware
-from fewedges.sparsify.butterfly import flat_butterfly
-from fewedges.sparsify.select import select
+from fewedges.measure.ways import examples
 
 CLAIM = "an unstructured sparse model with 1% nonzero weights can be as slow as a dense model"
 WAYS = ("masked", "csr", "bsr 32", "bsr 64", "bsr 128", "butterfly")
@@ -154,24 +154,19 @@ def table(args):
 
 
 def draw(results, figures):
-    """Both pictures: blocks from patterns made here, speed-ups from the table that was saved."""
-    save(covered(patterns()), figures / "hardware-blocks")
-    if (results / "hardware.json").exists():
-        save(speedups(Hardware.load(results).to_dict()), figures / "hardware-speedup")
+    """All pictures, light and dark: blocks from patterns made here, speed-ups from the table that was saved."""
     measured = [json.loads(path.read_text()) for path in sorted(results.parent.glob("*/one-percent.json"))]
     for theme in THEMES:
+        save(covered(patterns(), theme=theme), figures / f"hardware-blocks-{theme}")
+        if (results / "hardware.json").exists():
+            save(speedups(Hardware.load(results).to_dict(), theme=theme), figures / f"hardware-speedup-{theme}")
         save(draw_one_percent(measured, theme=theme), figures / f"hardware-one-percent-{theme}")
 
 
-def patterns(side=1024, block=32):
-    """1% anywhere, 1% in blocks (the fewest that are not less), a butterfly of all strides, 6 of 32 blocks a row."""
-    score = torch.rand(side, side, generator=torch.Generator().manual_seed(0))
-    found = {
-        "1% anywhere": select(score, "unstructured", 0.01),
-        "1% in blocks": select(score, f"{block}x{block}", 0.01),
-        "pixelated butterfly": flat_butterfly(side, side, side // block, 5),
-    }
-    return [Covered(title=name, mask=pattern.mask().numpy(), block=block) for name, pattern in found.items()]
+def patterns(block=16):
+    """1% anywhere, as many in blocks, and a butterfly, to be drawn."""
+    found = examples(block=block).items()
+    return [Covered(title=name, mask=pattern.mask().numpy(), block=block) for name, pattern in found]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Imports torch only inside the verb.
 import sys
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -49,7 +49,8 @@ def hardware(
         clock: On cpu: wall time, or CPU time of the one thread (OMP_NUM_THREADS=1), for a machine others use too.
         seed: Of weights, patterns and the order of runs.
         theme: Light or dark background.
-        out: Folder for hardware.json, hardware.csv and the picture; default: nothing is written.
+        out: Folder for hardware.json, hardware.csv and two pictures: speed-up against density, and what a block costs;
+            default: nothing is written.
         json: Print one json object instead of tables.
     """
     from fewedges.measure.speed import hardware as timed
@@ -61,11 +62,20 @@ def hardware(
     found = timed(model, device=device, dtype=dtype, quick=quick, clock=clock, seed=seed, watch=tell, **asked)
     files = []
     if out is not None:
-        from fewedges.draw import save, speedups
-
-        files = [*found.save(out), *save(speedups(found.to_dict(), theme=theme), out / f"hardware-{theme}")]
+        files = [*found.save(out), *_pictures(found.to_dict(), out, theme)]
     if json:
         print(dumps(found.to_dict(), indent=2))
     else:
         print_table(found)
         print(*found.advice(), *files, sep="\n")
+
+
+def _pictures(found: dict[str, Any], out: Path, theme: str) -> list[Path]:
+    """Draw the blocks that single weights cost, and the speed-ups."""
+    from fewedges.draw import Covered, covered, save, speedups
+    from fewedges.measure.ways import examples
+
+    block = 16
+    panels = [Covered(title=n, mask=p.mask().numpy(), block=block) for n, p in examples(block=block).items()]
+    files = save(covered(panels, theme=theme), out / f"hardware-blocks-{theme}")
+    return [*files, *save(speedups(found, theme=theme), out / f"hardware-{theme}")]

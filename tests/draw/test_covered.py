@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewedges.draw import save
-from fewedges.draw.covered import SIDE, Covered, covered
+from fewedges.draw.covered import DOT, SIDE, Covered, covered
 from fewedges.errors import DataError
+from fewedges.measure.ways import examples
 
 
 def random_panel(density=0.05, rows=64, columns=96, block=8, seed=0, **rest):
@@ -66,7 +67,29 @@ def test_the_block_drawn_large_is_the_one_marked_in_the_first_panel():
     column, row = (int(value) // 8 for value in frame.get_xy())
     inside = panel.mask[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
     assert middles(part(figure, "single-zoom"), 2) == {(r + 0.5, c + 0.5) for r, c in np.argwhere(inside)}
-    assert f"{inside.sum()} kept" in texts(figure)
+    said = "1 weight kept," if inside.sum() == 1 else f"{inside.sum()} weights kept,"
+    assert said in texts(figure)
+    touched = panel.blocks.sum((1, 3))
+    assert inside.sum() == touched[touched > 0].min()
+
+
+@pytest.mark.matches
+def test_the_diagram_of_one_percent_shows_one_weight_that_costs_its_block():
+    kept = examples()["1% anywhere"]
+    shown = texts(covered([Covered(title="1% anywhere", mask=kept.mask().numpy(), block=16)]))
+    assert {"one 16 × 16 block:", "1 weight kept,", "256 moved"} <= set(shown)
+
+
+@pytest.mark.says
+def test_the_key_explains_the_colours_and_says_when_weights_are_drawn_larger():
+    true = texts(covered([random_panel(), block_panel()]))
+    assert {"kept weight", "the block moved with it", "block left alone"} <= set(true)
+    large = np.zeros((1024, 1024), dtype=bool)
+    large[3, 5] = True
+    times = DOT / (SIDE / 1024)
+    assert f"kept weight (drawn {times:.2g}× as wide as it is)" in texts(covered([Covered(title="x", mask=large)]))
+    whole = Covered(title="x", mask=np.ones((1024, 1024), dtype=bool))  # squares are never enlarged
+    assert "kept weight" in texts(covered([whole]))
 
 
 @pytest.mark.says

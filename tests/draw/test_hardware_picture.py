@@ -1,10 +1,13 @@
+import itertools
+
 import numpy as np
 import pytest
 
 from fewedges.draw import save
-from fewedges.draw.hardware import FAMILIES, key_lines, limit_line, looks_of, speedups
+from fewedges.draw.hardware import facts_of, limit_line, looks_of, pays, speedups
 from fewedges.errors import DataError
 from fewedges.measure.hardware import Hardware
+from fewedges.measure.ways import WAYS
 
 FACTS = {"M": 256, "itemsize": 4, "flops": 1e11, "bandwidth": 2e10, "device": "CPU, 1 threads", "dtype": "float32"}
 SPEED = {
@@ -12,6 +15,7 @@ SPEED = {
     "csr": [8.0, 2.0, 0.5],
     "bsr 32": [7.0, 2.0, 0.5],
     "bsr 64": [7.5, 2.2, 0.6],
+    "monarch": [0.4, 2.0, 0.6],
     "pixelated (triton)": [9.0, 6.0, 2.0],
 }
 DENSITIES = (0.01, 0.1, 0.4)
@@ -78,16 +82,20 @@ def test_the_limit_drawn_is_the_limit_measured():
 
 
 @pytest.mark.matches
-def test_a_mark_stands_at_every_break_even_density_and_the_list_says_it():
+def test_rings_stand_wherever_a_line_goes_through_1_and_the_table_says_between_what():
     found = run(["1024x4096"])
     figure = speedups(found)
     even = found["break_even"]["1024x4096"]
     for what in ("csr", "bsr 32", "bsr 64"):
-        assert part(figure, f"even-{what}").get_xdata()[0] == even[what]
-        assert f"{what} {even[what]:.2f}" in texts(figure)
+        ((_, high),) = even[what]
+        assert list(part(figure, f"even-{what}").get_xdata()) == [high]
+        assert f"below {high:#.2g}" in texts(figure)
+    ((low, high),) = even["monarch"]
+    assert list(part(figure, "even-monarch").get_xdata()) == [low, high]
+    assert f"between {low:#.2g} and {high:#.2g}" in texts(figure)
     assert part(figure, "even-masked") is None
     assert part(figure, "even-pixelated (triton)") is None  # faster wherever it was timed
-    assert {"masked never", "pixelated (triton) ≥ 0.40"} <= set(texts(figure))
+    assert {"never", "at all of 0.010 to 0.40"} <= set(texts(figure))
 
 
 @pytest.mark.says
@@ -95,23 +103,60 @@ def test_what_could_not_be_had_is_named():
     figure = speedups(run())
     assert any("not here: 2:4" in text for text in texts(figure))
     assert any("CPU, 1 threads; float32; 256 input vectors" in text for text in texts(figure))
-    assert {"1024 → 4096", "768 → 3072", "physical limit", "dense"} <= set(texts(figure))
+    assert {"1024 → 4096", "768 → 3072", "beyond the physical limit", "dense", "pays at density"} <= set(texts(figure))
+
+
+@pytest.mark.says
+def test_the_processor_is_named_and_kernels_that_need_a_gpu_are_one_word():
+    facts = {**FACTS, "processor": "AMD EPYC", "threads": 1, "clock": "thread", "repeats": 30}
+    known = facts_of(facts, ["csr"], ["2:4", "bsr 32 (triton)", "pixelated (triton)"])
+    assert known.startswith("AMD EPYC, 1 thread; float32")
+    assert "median of 30 runs, CPU time of the thread" in known
+    assert known.endswith("not here: 2:4, the triton kernels")
+    assert facts_of(facts, ["bsr 64 (triton)"], ["bsr 32 (triton)"]).endswith("not here: bsr 32 (triton)")
+    assert facts_of({**facts, "device": "a GPU"}, [], []).startswith("a GPU; float32")
 
 
 @pytest.mark.stays
-def test_ways_of_one_family_share_a_colour_and_differ_in_dash_or_width():
-    looks = looks_of([*SPEED, "bsr 128", "pixelated", "monarch"])
-    assert {looks[f"bsr {b}"].light for b in (32, 64, 128)} == {FAMILIES["bsr"].light}
-    assert len({(look.light, str(look.dash), look.width) for look in looks.values()}) == len(looks)
+def test_every_way_looks_different_and_larger_blocks_are_wider_and_lie_lower():
+    looks = looks_of([name for name in WAYS if name != "dense"])
+    assert len({(own.light, str(own.dash), own.width, own.marker) for own in looks.values()}) == len(looks)
+    assert len({(own.dark, str(own.dash), own.width, own.marker) for own in looks.values()}) == len(looks)
     assert looks["pixelated"].light == looks["pixelated (triton)"].light
+    figure = speedups(run())
+    lines = [part(figure, f"bsr {b}-1024x4096") for b in (32, 64)]
+    assert lines[0].get_linewidth() < lines[1].get_linewidth()
+    assert lines[0].get_zorder() > lines[1].get_zorder()
+
+
+@pytest.mark.says
+def test_a_cell_says_in_signs_what_is_too_wide_in_words():
+    twice = rows(speed={"way": [2.0, 0.5, 2.0]})
+    assert pays(twice, "1024x4096", "way", 2.0) == "below 0.032 and above 0.20"
+    assert pays(twice, "1024x4096", "way", 0.9) == "< 0.032, > 0.20"
+    assert pays(twice, "1024x4096", "other", 2.0) == "-"
 
 
 @pytest.mark.stays
 @pytest.mark.parametrize("count", [1, 5, 14])
-@pytest.mark.parametrize("across", [1, 2, 3])
-def test_the_key_names_every_line_once(count, across):
-    names = [f"way {place}" for place in range(count)]
-    assert [name for line in key_lines(names, across) for name in line] == [*names, "physical limit", "dense"]
+@pytest.mark.parametrize("across", [1, 3, 6])
+def test_the_table_names_every_line_once_and_no_cell_touches_another(count, across):
+    gains = [0.5, 2.0, 0.5]
+    shapes = [f"{1024 * (1 + place)}x11008" for place in range(across)]
+    speed = {f"way {place}": gains for place in range(count)}
+    found = {"rows": [row for shape in shapes for row in rows(shape, speed)], "facts": FACTS}
+    figure = speedups(found)
+    figure.draw_without_rendering()
+    names = [text.get_text() for text in figure.texts]
+    assert [name for name in names if name.startswith("way")] == list(speed)
+    lines = {}
+    for text in figure.texts:
+        if text.get_va() == "center_baseline":
+            lines.setdefault(text.get_position()[1], []).append(text.get_window_extent())
+    assert len(lines) == count + 1
+    for boxes in lines.values():
+        assert len(boxes) == across + 1
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 @pytest.mark.stays

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fewedges.draw import save
-from fewedges.draw.training import races
+from fewedges.draw.training import LONG_DASH, arms_of, races
 from fewedges.errors import DataError
 
 PACES = {"dense": 0.04, "pixelated": 0.018, "random": 0.018, "low-rank": 0.016, "small": 0.011}
@@ -69,9 +69,38 @@ def test_a_dot_on_the_dense_models_last_loss_stands_where_it_is_reached():
 def test_names_carry_last_losses_and_parts_of_the_dense_models_time():
     said = texts(races(run()))
     assert {"low rank only 1.200", "random cells 1.150", "dense 1.100", "pixelated, longer 1.050"} <= set(said)
-    assert {"pixelated, longer 0.65×", "smaller dense –", "dense", "time to dense loss"} <= set(said)
+    assert {"pixelated, longer 0.65×", "smaller dense: not reached", "dense", "time to dense's last loss"} <= set(said)
     assert any("one GPU; GPT-2 layout, 4 layers of width 2,048; 16,384 bytes a step" in text for text in said)
     assert "a step 2.22× faster (limit 2.60×)" in " ".join(said)
+
+
+@pytest.mark.says
+def test_the_learning_rate_of_every_arm_is_said_once():
+    found = run()
+    for name, each in found["arms"].items():
+        each["learning_rate"] = 6e-4 if name.startswith("pixelated") else 3e-4
+    said = " ".join(texts(races(found)))
+    assert "learning rates: dense 0.0003, pixelated 0.0006, random cells 0.0003" in said
+    assert "longer 0.0003" not in said
+    found["arms"]["small-longer"]["learning_rate"] = 1e-4
+    assert "smaller dense, longer 0.0001" in " ".join(texts(races(found)))
+
+
+@pytest.mark.stays
+def test_only_what_was_trained_longer_has_long_dashes_and_no_two_arms_look_alike():
+    arms = arms_of(run())
+    assert {arm.name for arm in arms if arm.look.dash == LONG_DASH} == {"pixelated-longer", "small-longer"}
+    for theme in ("light", "dark"):
+        assert len({(getattr(arm.look, theme), str(arm.look.dash)) for arm in arms}) == len(arms)
+
+
+@pytest.mark.stays
+def test_no_name_comes_near_the_edge():
+    """A tenth of an inch at least is free at the right of every label."""
+    figure = races(run())
+    figure.draw_without_rendering()
+    ends = [text.get_window_extent().x1 for axes in figure.axes for text in axes.texts]
+    assert max(ends) <= figure.bbox.x1 - 0.1 * figure.dpi
 
 
 @pytest.mark.stays

@@ -3,13 +3,12 @@
 import csv
 import io
 import json
+import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fewedges.errors import DataError
-from fewedges.measure.hardware import FIELDS, Hardware, crossing
+from fewedges.measure.hardware import FIELDS, Hardware
 
 FACTS = {
     "M": 256,
@@ -42,48 +41,18 @@ def planted(**facts):
 def test_break_even_is_where_the_line_on_log_axes_comes_to_1():
     even = planted().break_even()["1024x4096"]
     # 2x at .1 and .5x at .4: half way on both log axes
-    assert even["csr"] == pytest.approx(0.2, rel=1e-12)
-    assert even["masked"] is None
-    assert even["butterfly"] == 0.4  # still faster at the highest density: a lower bound
-    assert even["2:4"] is None
+    assert even["csr"] == [(None, pytest.approx(0.2, rel=1e-12))]
+    assert even["masked"] == []
+    assert even["butterfly"] == [(None, None)]  # faster wherever it was timed
+    assert even["2:4"] == []
     assert "dense" not in even
-
-
-@pytest.mark.matches
-@pytest.mark.parametrize(
-    ("speedups", "expected"),
-    [
-        ((0.5, 0.4, 0.3), None),
-        ((0.5, 2.0, 0.5), 0.02),  # slow below, then fast, then slow: where it stops
-        ((2.0, 0.5, 2.0), 0.04),  # fast at the end
-        ((1.0, 0.5, 0.4), 0.01),
-        ((4.0, 1.0, 0.4), 0.02),
-    ],
-)
-def test_break_even_of_odd_lines(speedups, expected):
-    rows = [row("x", density, s) for density, s in zip((0.01, 0.02, 0.04), speedups, strict=True)]
-    found = crossing(rows)
-    middle = speedups == (0.5, 2.0, 0.5)
-    assert found == (expected if expected is None else pytest.approx(expected * (2**0.5 if middle else 1)))
-
-
-@pytest.mark.stays
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
-def test_break_even_lies_among_the_measured_densities(speedups):
-    rows = [row("x", 0.01 * 2**place, speedup) for place, speedup in enumerate(speedups)]
-    found = crossing(rows)
-    assert (found is None) == all(speedup < 1 for speedup in speedups)
-    if found is not None:
-        slower = [r["density"] for r in rows if r["density"] > found * (1 + 1e-9)]
-        assert rows[0]["density"] * (1 - 1e-9) <= found <= rows[-1]["density"] * (1 + 1e-9)
-        assert all(r["speedup"] < 1 for r in rows if r["density"] in slower)
 
 
 @pytest.mark.says
 def test_advice_names_where_each_way_starts_to_pay_and_what_never_does():
     first, last = planted().advice()
-    assert "csr below density 0.2 (8.0x at 0.01)" in first
-    assert "butterfly up to density 0.4 (5.0x at 0.01)" in first
+    assert "faster than dense at density: csr below 0.20 (8.0x at 0.01)" in first
+    assert "butterfly at all of 0.010 to 0.40 (5.0x at 0.01)" in first
     assert "never faster: masked (0.90x at best)" in first
     assert last == "2:4 cannot be had here: needs a GPU."
     slow = Hardware(rows=[row("csr", 0.1, 0.5)], facts=FACTS).advice()
@@ -95,11 +64,38 @@ def test_advice_for_a_model_weighs_shapes_by_how_many_it_has():
     rows = [row("csr", 0.1, 4.0, shape="8x8"), row("csr", 0.1, 0.5, shape="8x16")]
     rows += [row("masked", 0.1, 0.5, shape="8x8")]  # not at the other shape: no word about the model
     model = {"name": "tiny", "counts": {"8x8": 4, "8x16": 1}}
-    line = Hardware(rows=rows, facts={**FACTS, "model": model}).advice()[-1]
+    line = Hardware(rows=rows, facts={**FACTS, "model": model}).advice()[-3]
     # dense 5 * 10 ms; csr 4 * 2.5 + 1 * 20 = 30 ms
     assert line == "tiny, its 5 matrices at density 0.1: csr 1.67x; best csr."
     model["counts"] = {"8x8": 1, "8x16": 4}
-    assert Hardware(rows=rows, facts={**FACTS, "model": model}).advice()[-1].endswith("csr 0.61x; dense stays fastest.")
+    *_, at, whole, take = Hardware(rows=rows, facts={**FACTS, "model": model}).advice()
+    assert at.endswith("csr 0.61x; dense stays fastest.")
+    assert whole.endswith(
+        "nothing is faster than dense; never faster: csr (0.61x at best); not for all of them: masked."
+    )
+    assert take == "tiny: for speed leave it dense on this device."
+
+
+@pytest.mark.matches
+def test_a_model_as_a_whole_has_a_way_and_a_range_of_its_own():
+    """At .1 one shape is faster and the other slower: only their sum says whether the model is."""
+    gains = {"8x8": {0.01: 9.0, 0.1: 4.0, 0.4: 0.8}, "8x16": {0.01: 9.0, 0.1: 0.4, 0.4: 0.2}}
+    rows = [row("csr", d, gain, shape=shape) for shape, line in gains.items() for d, gain in line.items()]
+    rows += [row("butterfly", d, 1.25, shape=shape) for shape in gains for d in (0.01, 0.4)]
+    found = Hardware(rows=rows, facts={**FACTS, "model": {"name": "tiny", "counts": {"8x8": 3, "8x16": 1}}})
+    whole = found.whole()
+    # 40 ms dense; at .1 3 * 2.5 + 25 = 32.5 ms, at .4 3 * 12.5 + 50 = 87.5 ms
+    speedups = [point["speedup"] for point in whole["ways"]["csr"]["points"]]
+    assert speedups == pytest.approx([9.0, 40 / 32.5, 40 / 87.5])
+    share = math.log(40 / 32.5) / math.log(87.5 / 32.5)
+    assert whole["ways"]["csr"]["ranges"] == [(None, pytest.approx(0.1 * 4**share))]
+    assert (whole["take"], whole["matrices"]) == ("butterfly", 4)
+    *_, together, take = found.advice()
+    assert "tiny, its 4 matrices as a whole: faster than dense at density: csr below 0.13 (9.0x at 0.01)" in together
+    assert "take butterfly, which makes the whole faster at all of 0.010 to 0.40" in take
+    assert take.endswith("fastest of all: csr, 9.0x at 0.01.")
+    assert found.to_dict()["whole"] == whole
+    assert "whole" not in planted().to_dict()
 
 
 @pytest.mark.reproduces
@@ -109,7 +105,9 @@ def test_json_comes_back_equal(tmp_path):
     assert [path.name for path in files] == ["hardware.json", "hardware.csv"]
     for path in (files[0], files[0].parent):
         assert Hardware.load(path) == found
-    assert json.loads(files[0].read_text())["break_even"] == found.break_even()
+    saved = json.loads(files[0].read_text())
+    assert saved["break_even"]["1024x4096"]["csr"] == [[None, pytest.approx(0.2)]]
+    assert saved["whole"]["ways"]["csr"]["pays"] == "below 0.20"
 
 
 @pytest.mark.says
@@ -145,8 +143,8 @@ def test_tables_show_every_row_and_reasons():
     assert all(len(cells) == len(header) for cells in rows)
     assert rows[1] == ["csr", "0.0100", "1.000", "1.25", "1.12-1.38", "8.00", "25.0%", "1e-07", "7.0"]
     assert refused == (["not timed", "where", "why"], [["2:4", "everywhere", "needs a GPU."]])
-    assert shapes == ["pays below density", "1024x4096"]
-    assert lines == [["csr", "0.200"], ["masked", "never"], ["butterfly", ">= 0.400"]]
+    assert shapes == ["pays at density", "1024x4096"]
+    assert lines == [["csr", "below 0.20"], ["masked", "never"], ["butterfly", "at all of 0.010 to 0.40"]]
     assert len(Hardware(rows=planted().rows[:-1], facts=FACTS).tables()) == 2
 
 
@@ -162,7 +160,7 @@ def test_it_shows_itself_in_a_notebook_and_says_how_it_was_measured():
     found = planted()
     page = found._repr_html_()
     assert page.count("<tr>") == 9 + 2 + 4
-    assert "csr below density 0.2" in page
+    assert "csr below 0.20" in page
     assert "median of 30 runs" in str(found)
     assert "96 GFLOP/s and 20 GB/s" in str(found)
     assert "wall time" in found.protocol()

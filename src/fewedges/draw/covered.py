@@ -14,15 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-from fewedges.draw.text import draw_title, legible
+from fewedges.draw.text import draw_title, legible, text_width
 from fewedges.draw.theme import BODY, SMALL, TITLE, Theme, axes_at, inches, styled
 from fewedges.errors import DataError
 
 RED = {"light": "#c8102e", "dark": "#ff7a70"}
 MOST = 40_000  # single elements: more are not seen, and the file grows
-DOT = 0.0055  # inches: an element is drawn at least this large
+DOT = 0.0055  # inches: an element is drawn at least this large, and where that enlarges it the key says so
 SIDE, ZOOM, APART, EDGE = 1.76, 0.86, 0.22, 0.08  # inches: a matrix, one of its blocks, between them, beside all
-UNDER, OVER = 0.42, 0.24  # inches: under and over the matrices
+UNDER, OVER = 0.62, 0.24  # inches: under and over the matrices
+KEY = ("kept weight", "the block moved with it", "block left alone")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,8 +78,9 @@ def percent(kept: np.ndarray) -> str:
 def covered(panels: Sequence[Covered], *, title: str = "", theme: str = "light") -> Figure:
     """Draw patterns side by side, kept weights red on the pale blue blocks they touch.
 
-    Beside the first, one of its blocks is drawn large. Under each stand density, cover, and how many weights are
-    moved for one that is kept. Single elements are drawn a little larger than they are. DataError without a panel.
+    Beside the first, one of its blocks is drawn large, with the fewest kept weights. Under each stand density, cover,
+    and how many weights are moved for one that is kept. Weights too small to be seen are drawn larger, and the key
+    under all says how much. DataError without a panel.
     """
     panels = list(panels)
     if not panels:
@@ -95,6 +97,7 @@ def covered(panels: Sequence[Covered], *, title: str = "", theme: str = "light")
             drawn.append(axes)
             left += SIDE + APART + (ZOOM + APART if index == 0 else 0)
         draw_zoom(figure, drawn[0], panels[0], look)
+        draw_key(figure, max(map(enlarged, panels)), look)
         draw_title(figure, title, width / 2, "center")
         return figure
 
@@ -137,7 +140,7 @@ def squares(places: Any, size: int, colour: str, **style: Any) -> PathPatch:
 
 def dots(places: Any, inch: float, colour: str, **style: Any) -> PathPatch:
     """Single elements of `inch` inches: strokes as wide as long, half the bytes of squares; at least DOT large."""
-    wide = max(1.0, DOT / inch)  # in elements
+    wide = enlargement(inch)  # in elements
     ends = np.array([(0.5 - wide / 2, 0.5), (0.5 + wide / 2, 0.5)])
     points = np.asarray(places).reshape(-1, 1, 2)[..., ::-1] + ends  # (N, 2, 2)
     codes = np.tile([Path.MOVETO, Path.LINETO], len(points))
@@ -146,15 +149,47 @@ def dots(places: Any, inch: float, colour: str, **style: Any) -> PathPatch:
     )
 
 
+def enlargement(inch: float) -> float:
+    """How many times larger than it is an element of `inch` inches is drawn."""
+    return max(1.0, DOT / inch)
+
+
+def enlarged(panel: Covered) -> float:
+    """How many times larger than they are the single weights of a panel are drawn; 1 where there are none."""
+    whole = panel.blocks.all((1, 3), keepdims=True)
+    return enlargement(SIDE / max(panel.mask.shape)) if (panel.blocks & ~whole).any() else 1.0
+
+
+def draw_key(figure: Figure, times: float, look: Theme) -> None:
+    """Say what red, blue and pale mean, in one row at the bottom."""
+    colours = (RED[look.name], look.ramp[0], look.void)
+    names = (KEY[0] + (f" (drawn {times:.2g}× as wide as it is)" if times > 1.05 else ""), *KEY[1:])
+    widths = [text_width(name, SMALL) + 0.3 for name in names]
+    x, y, place = (figure.get_size_inches()[0] - sum(widths) + 0.16) / 2, 0.08, inches(figure)
+    for name, colour, wide in zip(names, colours, widths, strict=True):
+        figure.add_artist(Rectangle((x, y), 0.08, 0.08, fc=colour, ec=look.faint, lw=0.4, **place))
+        figure.text(x + 0.13, y + 0.04, name, size=SMALL, color=look.ink, va="center_baseline", **place)
+        x += wide
+
+
+def clearest(panel: Covered) -> tuple[int, int]:
+    """Row and column of the block to be shown: the fewest kept weights, well inside it, near the right middle."""
+    rows, columns = panel.touched.shape
+
+    def order(place: np.ndarray) -> tuple[int, bool, float]:
+        r, c = place
+        kept = np.argwhere(panel.blocks[r, :, c]) + 0.5
+        outside = bool(np.abs(kept - panel.block / 2).max() > panel.block / 4)
+        return len(kept), outside, float(abs(r - rows / 2) + abs(columns - c))
+
+    row, column = min(np.argwhere(panel.touched), key=order)
+    return int(row), int(column)
+
+
 def draw_zoom(figure: Figure, axes: Axes, panel: Covered, look: Theme) -> None:
     """Draw one block large beside the first panel, with lines to where it is."""
     b = panel.block
-    counts = panel.blocks.sum((1, 3))
-    shown = np.argwhere(panel.touched)
-    middle = np.array(panel.touched.shape) / 2
-    typical = np.median(counts[panel.touched])  # of the blocks with a usual count the one nearest the right middle
-    far = [abs(counts[r, c] - typical) * 100 + abs(r - middle[0]) + abs(2 * middle[1] - c) for r, c in shown]
-    row, column = shown[int(np.argmin(far))]
+    row, column = clearest(panel)
     part = Covered(title=panel.title, mask=panel.blocks[row, :, column], block=b)
     left, bottom = EDGE + SIDE + APART, UNDER + (SIDE - ZOOM) / 2
     inset = axes_at(figure, left, bottom, ZOOM, ZOOM)
@@ -163,11 +198,12 @@ def draw_zoom(figure: Figure, axes: Axes, panel: Covered, look: Theme) -> None:
         spine.set(color=look.ink, linewidth=0.8)
     axes.add_patch(Rectangle((column * b, row * b), b, b, fill=False, ec=look.ink, lw=0.8, zorder=6))
     for below in (0, 1):
-        ends = ((column + 1) * b, (row + below) * b), (0, below)
+        ends = ((column + 1) * b, (row + below) * b), (0, 1 - below)
         line = ConnectionPatch(*ends, "data", "axes fraction", axesA=axes, axesB=inset)
         line.set(color=look.ink, linewidth=0.5, zorder=7)
         figure.add_artist(line)
-    lines = (f"one {b} × {b} block", f"{int(part.mask.sum())} kept", f"{b * b:,} moved")
+    kept = int(part.mask.sum())
+    lines = (f"one {b} × {b} block:", f"{kept:,} weight{'s'[: kept != 1]} kept,", f"{b * b:,} moved")
     for index, text in enumerate(lines):
         place: dict[str, Any] = {"ha": "center", "va": "top", "size": SMALL, "color": look.muted, **inches(figure)}
         figure.text(left + ZOOM / 2, bottom - 0.05 - 0.11 * index, text, **place)

@@ -2,10 +2,11 @@
 
 `speedups` draws what `fewedges.measure.hardware.Hardware.to_dict()` holds. The physical limit is the measured dense
 time over the time that this device needs at least for the kept weights, by its measured peaks of arithmetic and of
-memory: 1/density while arithmetic decides, flat where reading inputs and writing outputs does.
+memory: 1/density while arithmetic decides, flat where reading inputs and writing outputs does. A table under the
+panels names the lines and says in which range of densities each way pays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from fewedges.draw.text import draw_title, legible, text_width, wrap
 from fewedges.draw.theme import SMALL, TITLE, TWO_COLUMNS, Theme, axes_at, inches, styled
 from fewedges.errors import DataError
+from fewedges.measure.paying import brief, points, ranges, said
 
 LEFT, RIGHT, GAP, HIGH, BELOW, BETWEEN, ABOVE = 0.46, 0.1, 0.3, 2.3, 0.34, 0.5, 0.24  # inches around panels
+LINE, SAMPLE = 0.125, 0.3  # inches: a line of the table, and of the sample before a name
 ACROSS = 3  # shapes in a row
-LIMIT, DENSE = "physical limit", "dense"
+LEAST = 4.5  # points: the table of many shapes is not written smaller
+LIMIT, DENSE, PAYS = "beyond the physical limit", "dense", "pays at density"
 
 
 class Look(NamedTuple):
@@ -44,8 +48,16 @@ FAMILIES = {
     "bsr": Look("#009e73", "#2fc59b", "-", "^"),
     "butterfly": Look("#0072b2", "#56b4e9", (0, (3, 1.2)), "o", 1.2),
     "pixelated": Look("#0072b2", "#56b4e9", "-", "o", 1.6),
+    "monarch": Look("#a6761d", "#e0b860", "-", "X"),
+    "butterfly product": Look("#b3478f", "#f0a3d0", (0, (4, 1, 1, 1)), "P"),
 }
-"""By the first word of a way's name; a further member of a family (bsr 64) has another dash."""
+"""By the name of a way, or its first word; a further member of a family has another dash."""
+MEMBERS = {
+    "bsr 32": Look("#00543d", "#c9f5e4", "-", "^", 0.9),
+    "bsr 64": Look("#009e73", "#2fc59b", "-", "<", 2.0),
+    "bsr 128": Look("#8ad6bd", "#17725a", "-", ">", 3.4),
+}
+"""Blocks of these sizes often cost the same: one shade each, and the thin lies on the wide."""
 OTHER = Look("#a6761d", "#e0b860", "-", "P", 1.4)
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.5, 1)), (0, (4, 1, 1, 1)))
 OURS = " (triton)"
@@ -57,8 +69,9 @@ def speedups(
     """Draw speed-up over dense against density, a panel a shape and a line a way, under the physical limit.
 
     `found` is `Hardware.to_dict()` or what its json holds. Bands reach from the 20th to the 80th percentile of the
-    ratios of runs that followed each other; where a line comes down through 1, a tick says at which density. A way
-    that could not be had is not drawn and is named under the picture. DataError if there is nothing to draw.
+    ratios of runs that followed each other; rings stand where a line goes through 1, and the table under the panels
+    says between which densities a way pays. A way that could not be had is not drawn and is named at the bottom.
+    DataError if there is nothing to draw.
     """
     rows = [row for row in found.get("rows", ()) if shapes is None or row["shape"] in shapes]
     timed = [row for row in rows if row.get("speedup") is not None and row["what"] != "dense"]
@@ -70,10 +83,10 @@ def speedups(
     with styled(theme) as look:
         across = min(ACROSS, len(names))
         down = -(-len(names) // across)
-        key = key_lines(list(looks), across)
-        foot = 0.16 * len(key) + 0.24 + 0.12 * (len(absent) > 2)
         panel = (TWO_COLUMNS - LEFT - RIGHT - (ACROSS - 1) * GAP) / ACROSS
         width = LEFT + across * panel + (across - 1) * GAP + RIGHT
+        facts = wrap(facts_of(found["facts"], looks, list(absent)), width - 0.1, SMALL)
+        foot = 0.1 + 0.12 * len(facts) + LINE * (len(looks) + 1.5)
         figure = Figure(figsize=(width, foot + BELOW + down * HIGH + (down - 1) * BETWEEN + ABOVE + bool(title) * 0.2))
         limits = axis_limits(timed, found["facts"])
         for index, shape in enumerate(names):
@@ -87,14 +100,14 @@ def speedups(
         for row in range(down):
             middle = foot + BELOW + row * (HIGH + BETWEEN) + HIGH / 2
             figure.text(0.05, middle, "speed-up over dense", rotation=90, va="center", **inches(figure))
-        draw_key(figure, key, looks, foot, look)
-        write_facts(figure, found["facts"], list(absent), look)
+        draw_table(figure, timed, looks, foot, look)
+        write_facts(figure, facts, look)
         draw_title(figure, title, width / 2, "center")
         return figure
 
 
 def looks_of(ways: Sequence[str]) -> dict[str, Look]:
-    """A look for every way: its family's colour, its own dash within the family; our kernels wider, with a star."""
+    """A look for every way: its family's colour, its own shade or dash within it; our kernels have a star."""
     found: dict[str, Look] = {}
     members: dict[tuple[str, bool], int] = {}
     for way in dict.fromkeys(ways):
@@ -102,9 +115,9 @@ def looks_of(ways: Sequence[str]) -> dict[str, Look]:
         family = family if family in FAMILIES else family.split()[0]
         key = family, way.endswith(OURS)
         place = members[key] = members.get(key, -1) + 1
-        look = FAMILIES.get(family, OTHER)
-        look = look._replace(dash=DASHES[place % len(DASHES)]) if place else look
-        found[way] = look._replace(width=2.0, marker="*", dash=DASHES[place % len(DASHES)]) if key[1] else look
+        look = MEMBERS.get(way.removesuffix(OURS), FAMILIES.get(family, OTHER))
+        look = look if way in MEMBERS or not place else look._replace(dash=DASHES[place % len(DASHES)])
+        found[way] = look._replace(width=2.0, marker="*") if key[1] else look
     return found
 
 
@@ -134,7 +147,8 @@ def draw_shape(
         own = sorted((row for row in rows if row["what"] == what), key=lambda row: row["density"])
         if own:
             draw_way(axes, own, looks[what], look)
-    draw_even(axes, found.get("break_even", {}).get(rows[0]["shape"], {}), rows, looks, look)
+            draw_even(axes, own, looks[what], look)
+    name_bounds(axes, look)
     dress(axes, limits)
 
 
@@ -160,31 +174,24 @@ def draw_way(axes: Axes, rows: Sequence[Mapping[str, Any]], style: Look, look: T
         "mew": 0.4,
     }
     name = f"{rows[0]['what']}-{rows[0]['shape']}"
-    axes.plot(*column.values(), color=colour, ls=style.dash, lw=style.width, zorder=4 + style.width, gid=name, **marks)
+    under = 7 - style.width / 2  # the thin is drawn over the wide
+    axes.plot(*column.values(), color=colour, ls=style.dash, lw=style.width, zorder=under, gid=name, **marks)
 
 
-def draw_even(
-    axes: Axes,
-    even: Mapping[str, float | None],
-    rows: Sequence[Mapping[str, Any]],
-    looks: Mapping[str, Look],
-    look: Theme,
-) -> None:
-    """Mark where each way comes down through 1, and list those densities at the top right, where nothing can be."""
-    entries = [("pays below density", look.muted)]
-    for what in (what for what in looks if what in even):
-        own = [row["density"] for row in rows if row["what"] == what]
-        if not own:
-            continue
-        at, colour = even[what], looks[what].colour(look)
-        said = "never" if at is None else f"≥ {at:.2f}" if at >= max(own) else f"{at:.2f}"
-        if at is not None and at < max(own):
-            axes.plot([at], [1], "o", ms=3.4, mfc=look.paper, mec=colour, mew=1.0, zorder=9, gid=f"even-{what}")
-        entries.append((f"{what} {said}", colour))
-    for index, (text, colour) in enumerate(entries):
-        style: dict[str, Any] = {"size": SMALL, "color": colour, "ha": "right", "va": "top", "parse_math": False}
-        offset: dict[str, Any] = {"xytext": (-2, -2 - 7.6 * index), "textcoords": "offset points"}
-        axes.annotate(legible(text), (1, 1), xycoords="axes fraction", zorder=9, **offset, **style)
+def draw_even(axes: Axes, rows: Sequence[Mapping[str, Any]], style: Look, look: Theme) -> None:
+    """A ring wherever a way comes up or down through 1."""
+    at = [end for found in ranges(points(rows)) for end in found if end is not None]
+    ring: dict[str, Any] = {"ms": 3.4, "mfc": look.paper, "mec": style.colour(look), "mew": 1.0, "ls": ""}
+    if at:
+        axes.plot(at, [1] * len(at), marker="o", zorder=9, gid=f"even-{rows[0]['what']}", **ring)
+
+
+def name_bounds(axes: Axes, look: Theme) -> None:
+    """Name what lies above the limit, and the line at 1."""
+    style: dict[str, Any] = {"size": SMALL, "ha": "right", "va": "top", "textcoords": "offset points", "zorder": 9}
+    axes.annotate(LIMIT, (1, 1), xycoords="axes fraction", xytext=(-3, -3), color=look.muted, **style)
+    right = axes.get_yaxis_transform()
+    axes.annotate(DENSE, (1, 1), xycoords=right, xytext=(-1, -2), color=look.ink, **style)
 
 
 def dress(axes: Axes, limits: Any) -> None:
@@ -200,49 +207,62 @@ def dress(axes: Axes, limits: Any) -> None:
     axes.tick_params(labelsize=SMALL)
 
 
-def key_lines(names: list[str], across: int) -> list[list[str]]:
-    """The entries of the key in as few rows as fit the width, about equally long."""
-    names = [*names, LIMIT, DENSE]
-    widths = [entry_width(name) for name in names]
-    count = -(-sum(widths) // (TWO_COLUMNS * across / ACROSS - 0.1))
-    rows = [int((sum(widths[:place]) + width / 2) / sum(widths) * count) for place, width in enumerate(widths)]
-    return [[name for name, own in zip(names, rows, strict=True) if own == row] for row in dict.fromkeys(rows)]
-
-
-def entry_width(name: str) -> float:
-    """Inches of one entry: line, name and space."""
-    return text_width(legible(name), SMALL) + 0.45
-
-
-def draw_key(figure: Figure, key: list[list[str]], looks: Mapping[str, Look], foot: float, look: Theme) -> None:
-    """Name the lines in rows under the panels."""
+def draw_table(
+    figure: Figure, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, Look], top: float, look: Theme
+) -> None:
+    """A line a way under the panels: how it is drawn, its name, and by shape at which densities it pays."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    left = 0.1 + SAMPLE + max(text_width(legible(name), SMALL) for name in (*looks, PAYS)) + 0.12
+    column = (figure.get_size_inches()[0] - left - 0.06) / len(shapes)
     place = inches(figure)
-    for index, names in enumerate(key):
-        x = (figure.get_size_inches()[0] - sum(map(entry_width, names)) + 0.14) / 2
-        y = foot - 0.1 - 0.16 * index
-        for name in names:
-            line = Line2D([x, x + 0.13, x + 0.26], [y, y, y], **entry_style(name, looks, look), **place)
-            figure.add_artist(line)
-            figure.text(x + 0.31, y, legible(name), size=SMALL, color=look.muted, va="center_baseline", **place)
-            x += entry_width(name)
+    style: dict[str, Any] = {"va": "center_baseline", "parse_math": False, **place}
+    for index, what in enumerate((None, *looks)):
+        y = top - 0.06 - LINE * index
+        if what is not None:
+            x = [0.1, 0.1 + SAMPLE / 2 - 0.03, 0.1 + SAMPLE - 0.06]
+            figure.add_artist(Line2D(x, [y] * 3, **entry_style(looks[what], look), **place))
+        figure.text(0.1 + SAMPLE, y, legible(what or PAYS), size=SMALL, color=look.ink, **style)
+        for number, shape in enumerate(shapes):
+            text = pays(rows, shape, what, column - 0.06) if what else shape.replace("x", " → ")
+            colour = look.muted if text in ("never", "-") else look.ink
+            size = max(LEAST, SMALL * min(1.0, (column - 0.06) / text_width(text, SMALL)))
+            figure.text(left + column * (number + 0.5), y, text, size=size, color=colour, ha="center", **style)
 
 
-def entry_style(name: str, looks: Mapping[str, Look], look: Theme) -> dict[str, Any]:
-    """How the line of an entry looks: a way's with its mark, the limit's, or that at 1."""
-    if name in looks:
-        own = looks[name]
-        mark = {"marker": own.marker, "ms": 2.6, "mec": look.paper, "mew": 0.4, "markevery": [1]}
-        return {"color": own.colour(look), "ls": own.dash, "lw": own.width, **mark}
-    return {"color": look.ink, "lw": 0.7, "ls": (0, (4, 2))} if name == DENSE else {"color": look.muted, "lw": 0.9}
+def pays(rows: Sequence[Mapping[str, Any]], shape: str, what: str, width: float) -> str:
+    """At which densities a way is faster than dense, in signs where words are wider; "-" where it has no time."""
+    line = points([row for row in rows if (row["shape"], row["what"]) == (shape, what)])
+    text = said(line) if line else "-"
+    return text if text_width(text, SMALL) <= width else brief(line)
 
 
-def write_facts(figure: Figure, facts: Mapping[str, Any], absent: list[str], look: Theme) -> None:
-    """One line at the bottom: where it was measured, and what could not be had there."""
-    known = [facts.get("device"), facts.get("dtype"), f"{facts['M']:,} input vectors"]
-    known += [f"median of {facts['repeats']} runs, band p20 to p80"] if "repeats" in facts else []
+def entry_style(own: Look, look: Theme) -> dict[str, Any]:
+    """How the line of a way looks in the table, with its mark."""
+    mark = {"marker": own.marker, "ms": 5.0 if own.marker == "*" else 3.0, "mec": look.paper, "mew": 0.4}
+    return {"color": own.colour(look), "ls": own.dash, "lw": own.width, "markevery": [1], **mark}
+
+
+def facts_of(facts: Mapping[str, Any], timed: Collection[str], absent: Sequence[str]) -> str:
+    """Where it was measured, how, and what could not be had there."""
+    known = [device_of(facts), facts.get("dtype"), f"{facts['M']:,} input vectors"]
+    clock = ", CPU time of the thread" if facts.get("clock") == "thread" else ""
+    known += [f"median of {facts['repeats']} runs{clock}, band p20 to p80"] if "repeats" in facts else []
+    if not any(what.endswith(OURS) for what in timed) and any(what.endswith(OURS) for what in absent):
+        absent = [*(what for what in absent if not what.endswith(OURS)), "the triton kernels"]
     known += [f"not here: {', '.join(absent)}"] if absent else []
+    return "; ".join(filter(None, known))
+
+
+def device_of(facts: Mapping[str, Any]) -> str | None:
+    """The GPU; of a CPU the processor, and how many threads it ran."""
+    device, threads = facts.get("device"), facts.get("threads")
+    if not str(device).startswith("CPU") or "processor" not in facts:
+        return device
+    return f"{facts['processor']}, {threads} thread{'s'[: threads != 1]}"
+
+
+def write_facts(figure: Figure, lines: Sequence[str], look: Theme) -> None:
+    """The facts, at the bottom."""
     style: dict[str, Any] = {"size": SMALL, "color": look.muted, "ha": "center", "parse_math": False}
-    text = legible("; ".join(filter(None, known)))
-    width = figure.get_size_inches()[0]
-    for index, line in enumerate(reversed(wrap(text, width - 0.1, SMALL))):
-        figure.text(width / 2, 0.06 + 0.12 * index, line, **style, **inches(figure))
+    for index, line in enumerate(reversed(lines)):
+        figure.text(figure.get_size_inches()[0] / 2, 0.06 + 0.12 * index, line, **style, **inches(figure))

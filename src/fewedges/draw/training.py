@@ -18,22 +18,23 @@ from fewedges.draw.text import draw_title, legible, wrap
 from fewedges.draw.theme import SMALL, TITLE, TWO_COLUMNS, Theme, axes_at, inches, styled
 from fewedges.errors import DataError
 
-LEFT, NAMES, GAP, HIGH, BELOW, ABOVE = 0.5, 1.36, 0.14, 2.2, 0.36, 0.26  # inches around the panels
+LEFT, NAMES, GAP, HIGH, BELOW, ABOVE = 0.5, 1.46, 0.14, 2.2, 0.36, 0.26  # inches around the panels
 WIDE = (TWO_COLUMNS - LEFT - 2 * NAMES - GAP) / 2
 LONGER, BASE = "-longer", "dense"
+LONG_DASH: Any = (0, (6, 1.6))
 LOOKS = {
     "dense": Look("#1a1a1a", "#f0f0f0", "-", "", 1.3),
     "pixelated": Look("#0072b2", "#56b4e9", "-", "", 1.5),
-    "random": Look("#d55e00", "#ff9d5c", (0, (3.5, 1.3)), "", 1.1),
+    "random": Look("#d55e00", "#ff9d5c", (0, (3, 1, 1, 1, 1, 1)), "", 1.2),
     "low-rank": Look("#009e73", "#2fc59b", (0, (1, 1)), "", 1.3),
-    "small": Look("#8b5a9f", "#d6a2e8", (0, (4, 1.2, 1, 1.2)), "", 1.1),
+    "small": Look("#8b5a9f", "#d6a2e8", "-", "", 1.0),
 }
 WORDS = {"random": "random cells", "low-rank": "low rank only", "small": "smaller dense"}
 OTHER = Look("#a6761d", "#e0b860", "-", "", 1.1)
 
 
 class Arm(NamedTuple):
-    """One model's curve over N evaluations, and when it came to the dense model's last loss."""
+    """One model's curve over N evaluations, and when it came to the dense model's last loss (None: it did not)."""
 
     name: str
     step: np.ndarray
@@ -44,27 +45,27 @@ class Arm(NamedTuple):
 
     @property
     def look(self) -> Look:
-        """That of its kind; trained longer, it is dashed."""
+        """That of its kind; only what was trained longer has long dashes."""
         look = LOOKS.get(self.name.removesuffix(LONGER), OTHER)
-        return look._replace(dash=(0, (3, 1))) if self.name.endswith(LONGER) else look
+        return look._replace(dash=LONG_DASH) if self.name.endswith(LONGER) else look
 
     @property
     def label(self) -> str:
         """Such as "pixelated, longer"."""
-        kind = self.name.removesuffix(LONGER)
-        return WORDS.get(kind, kind) + (", longer" if self.name.endswith(LONGER) else "")
+        return label_of(self.name)
 
 
 def races(found: Mapping[str, Any], *, title: str = "", theme: str = "light") -> Figure:
     """Draw held-out loss against steps and against seconds, a line a model, names and last losses at the right.
 
     `found` is the json of `scripts/train_pixelated.py`. Over seconds a dashed line is the dense model's last loss; a
-    dot is where another first comes to it, and its name says at which part of the dense model's time ("0.70×"). A loss
-    that is no number leaves a gap. DataError without a curve.
+    dot is where another first comes to it, and its name says at which part of the dense model's time ("0.70×"), or
+    that it is not reached. The learning rate of every arm stands at the bottom. A loss that is no number leaves a gap.
+    DataError without a curve.
     """
     arms = arms_of(found)
     with styled(theme) as look:
-        foot = wrap(facts_of(found), TWO_COLUMNS - 0.2, SMALL)
+        foot = [line for text in (facts_of(found), rates_of(found)) for line in wrap(text, TWO_COLUMNS - 0.2, SMALL)]
         bottom = BELOW + 0.12 * len(foot) + 0.06
         figure = Figure(figsize=(TWO_COLUMNS, bottom + HIGH + ABOVE + 0.2 * bool(title)))
         limits = loss_limits(arms)
@@ -76,7 +77,7 @@ def races(found: Mapping[str, Any], *, title: str = "", theme: str = "light") ->
             heading: dict[str, Any] = {"size": TITLE, "weight": "bold", "ha": "center", **inches(figure)}
             figure.text(left + WIDE / 2, bottom + HIGH + 0.08, ("by steps", "by wall clock")[place], **heading)
             labels = [f"{a.label} {a.loss[-1]:.3f}" if key == "step" else timed_label(a) for a in arms]
-            draw_names(axes, arms, key, [*labels, ("last loss", "time to dense loss")[place]], look)
+            draw_names(axes, arms, key, [*labels, ("last loss", "time to dense's last loss")[place]], look)
         draw_reached(figure.axes[1], arms, look)
         figure.text(
             0.06, bottom + HIGH / 2, "held-out loss (nats per byte)", rotation=90, va="center", **inches(figure)
@@ -157,7 +158,7 @@ def timed_label(arm: Arm) -> str:
     """The name, and when the dense model's last loss was reached, as a part of its time."""
     if arm.name == BASE:
         return arm.label
-    return f"{arm.label} {arm.ratio:.2f}×" if arm.ratio is not None else f"{arm.label} –"
+    return f"{arm.label} {arm.ratio:.2f}×" if arm.ratio is not None else f"{arm.label}: not reached"
 
 
 def draw_reached(axes: Axes, arms: Sequence[Arm], look: Theme) -> None:
@@ -197,3 +198,17 @@ def facts_of(found: Mapping[str, Any]) -> str:
         limit = f" (limit {arms['pixelated']['limit']:.2f}×)" if "limit" in arms["pixelated"] else ""
         known.append(f"a step {paces[0] / paces[1]:.2f}× faster{limit}")
     return "; ".join(filter(None, known))
+
+
+def rates_of(found: Mapping[str, Any]) -> str:
+    """The learning rate of every arm, of one trained longer where it is another: a lead may be one of the rate."""
+    rates = {name: arm["learning_rate"] for name, arm in found.get("arms", {}).items() if "learning_rate" in arm}
+    alike = {name for name in rates if name.endswith(LONGER) and rates.get(name.removesuffix(LONGER)) == rates[name]}
+    known = [f"{label_of(name)} {rate:g}" for name, rate in rates.items() if name not in alike]
+    return f"learning rates: {', '.join(known)}" if known else ""
+
+
+def label_of(name: str) -> str:
+    """An arm's name in words, such as "pixelated, longer"."""
+    kind = name.removesuffix(LONGER)
+    return WORDS.get(kind, kind) + (", longer" if name.endswith(LONGER) else "")

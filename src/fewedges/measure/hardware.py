@@ -7,13 +7,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fewedges import store
 from fewedges.errors import DataError
+from fewedges.measure.paying import Point, Range, points, ranges, said, together
 
 COLUMNS = {
     "what": ("way", "{}"),
@@ -59,14 +60,31 @@ class Hardware:
         found = [row for row in self.rows if (row["shape"], row["what"]) == (shape, what) and not row.get("why")]
         return sorted(found, key=lambda row: row["density"])
 
-    def break_even(self) -> dict[str, dict[str, float | None]]:
-        """By shape and way: the density below which it is faster than dense; None if it never is.
+    def break_even(self) -> dict[str, dict[str, list[Range]]]:
+        """By shape and way: the ranges of density in which it is faster than dense; none if it never is.
 
-        Straight between the measured points on log axes. A way that is still faster at the highest density it was
-        timed at has that density: a lower bound.
+        Straight between the measured points on log axes. An end that is None lies beyond the densities timed.
         """
         ways = [what for what in self.ways() if what != "dense"]
-        return {shape: {what: crossing(self.timed(shape, what)) for what in ways} for shape in self.shapes()}
+        return {shape: {what: ranges(points(self.timed(shape, what))) for what in ways} for shape in self.shapes()}
+
+    def whole(self) -> dict[str, Any] | None:
+        """The model's matrices together, each shape as often as the model has it; None if no model was timed.
+
+        `ways` holds by way its points (density asked for, density and speed-up of all together), the ranges in which
+        it makes the model faster, and those in words (`pays`); `missing` the ways that some of its shapes cannot
+        have; `take` the way that pays up to the highest density, and so asks for the fewest zeros; None if none does.
+        """
+        if "model" not in self.facts:
+            return None
+        name, counts = self.facts["model"]["name"], self.facts["model"]["counts"]
+        timed = {what: [row for shape in counts for row in self.timed(shape, what)] for what in self.ways()}
+        found = {what: together(rows, counts) for what, rows in timed.items() if what != "dense"}
+        ways = {what: _summary(line) for what, line in found.items() if line}
+        missing = [what for what, line in found.items() if timed[what] and not line]
+        last = {what: (way["highest"], way["points"][-1]["speedup"]) for what, way in ways.items() if way["ranges"]}
+        take = max(last, key=lambda what: last[what], default=None)
+        return {"name": name, "matrices": sum(counts.values()), "ways": ways, "missing": missing, "take": take}
 
     def advice(self) -> list[str]:
         """Where each way starts to pay here, a sentence a line; then the model's matrices together, if there is one."""
@@ -76,8 +94,9 @@ class Hardware:
         return [*lines, *self._refusals()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: rows, break-even densities, advice, facts."""
-        return {"rows": self.rows, "break_even": self.break_even(), "advice": self.advice(), "facts": self.facts}
+        """Plain data: rows, ranges of density that pay, the model as a whole, advice, facts."""
+        found = {"rows": self.rows, "break_even": self.break_even(), "advice": self.advice(), "facts": self.facts}
+        return found if (whole := self.whole()) is None else {**found, "whole": whole}
 
     def json(self) -> str:
         """The same as one json object."""
@@ -114,14 +133,14 @@ class Hardware:
         return cls(rows=rows, facts=facts)
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Header and rows as text: what was timed, a table a shape; what was not, and why; break-even densities."""
+        """Header and rows as text: what was timed, a table a shape; what was not, and why; where it pays."""
         found = [self._shape_table(shape) for shape in self.shapes()]
         if any(row.get("why") for row in self.rows):
             found.append((["not timed", "where", "why"], self._why_not()))
-        even = self.break_even()
-        ways = [what for what in self.ways() if what != "dense" and any(self.timed(s, what) for s in even)]
-        lines = [[what, *(self._even(shape, what, even[shape][what]) for shape in even)] for what in ways]
-        return [*found, (["pays below density", *even], lines)]
+        shapes = self.shapes()
+        ways = [what for what in self.ways() if what != "dense" and any(self.timed(s, what) for s in shapes)]
+        lines = [[what, *(self._pays(shape, what) for shape in shapes)] for what in ways]
+        return [*found, (["pays at density", *shapes], lines)]
 
     def protocol(self) -> str:
         """How it was measured, in one line."""
@@ -168,50 +187,31 @@ class Hardware:
             [what, "everywhere" if len(at) == counts[what] else ", ".join(at), why] for (what, why), at in found.items()
         ]
 
-    def _even(self, shape: str, what: str, even: float | None) -> str:
+    def _pays(self, shape: str, what: str) -> str:
         rows = self.timed(shape, what)
-        if not rows:
-            return "cannot be had"
-        return "never" if even is None else f"{'>= ' if even == rows[-1]['density'] else ''}{even:.3f}"
+        return said(points(rows)) if rows else "cannot be had"
 
     def _shape_advice(self, shape: str) -> str:
-        pays, not_ = [], []
-        for what, even in self.break_even()[shape].items():
-            if not (rows := self.timed(shape, what)):
-                continue
-            best = max(rows, key=lambda row: row["speedup"])
-            if even is None:
-                not_.append(f"{what} ({best['speedup']:.2f}x at best)")
-            else:
-                where = "up to" if even == rows[-1]["density"] else "below"
-                gain = f"{best['speedup']:.1f}x at {best['density']:.2g}"
-                pays.append(f"{what} {where} density {even:.2g} ({gain})")
-        text = f"{shape}: " + (f"faster than dense: {', '.join(pays)}" if pays else "nothing is faster than dense")
-        return text + (f"; never faster: {', '.join(not_)}" if not_ else "") + "."
+        lines = {what: points(self.timed(shape, what)) for what in self.ways() if what != "dense"}
+        return f"{shape}: {_advised({what: line for what, line in lines.items() if line})}."
 
     def _model_advice(self) -> list[str]:
-        """All matrices of the model together, at every density asked for: the sum of medians."""
-        model, counts = self.facts["model"]["name"], self.facts["model"]["counts"]
-        total = sum(counts.values())
-        lines = []
-        for asked in sorted({row["asked"] for row in self.rows if row.get("asked") is not None}):
-            gains = {what: gain for what in self.ways() if (gain := self._gain(what, asked, counts)) is not None}
-            if gains:
-                best = max(gains, key=lambda what: gains[what])
-                each = ", ".join(f"{what} {gain:.2f}x" for what, gain in gains.items())
-                verdict = f"best {best}" if gains[best] > 1 else "dense stays fastest"
-                lines.append(f"{model}, its {total} matrices at density {asked:g}: {each}; {verdict}.")
-        return lines
-
-    def _gain(self, what: str, asked: float, counts: dict[str, int]) -> float | None:
-        """Dense time over this way's, summed over the model's matrices; None if one of them has no time."""
-        if what == "dense":
-            return None
-        found = {row["shape"]: row for shape in counts for row in self.timed(shape, what) if row["asked"] == asked}
-        if set(found) != set(counts):
-            return None
-        dense, ours = (sum(found[s][name] * n for s, n in counts.items()) for name in ("dense_ms_p50", "ms_p50"))
-        return dense / ours
+        """All matrices of the model together: at every density asked for, then over all of them, and what to take."""
+        whole = self.whole() or {}
+        lines, name = [], f"{whole['name']}, its {whole['matrices']} matrices"
+        for asked in sorted({point["asked"] for way in whole["ways"].values() for point in way["points"]}):
+            at = {
+                what: [p["speedup"] for p in way["points"] if p["asked"] == asked]
+                for what, way in whole["ways"].items()
+            }
+            gains = {what: found[0] for what, found in at.items() if found}
+            best = max(gains, key=lambda what: gains[what])
+            each = ", ".join(f"{what} {gain:.2f}x" for what, gain in gains.items())
+            verdict = f"best {best}" if gains[best] > 1 else "dense stays fastest"
+            lines.append(f"{name} at density {asked:g}: {each}; {verdict}.")
+        together = _advised({what: _line(way["points"]) for what, way in whole["ways"].items()})
+        missing = f"; not for all of them: {', '.join(whole['missing'])}" if whole["missing"] else ""
+        return [*lines, f"{name} as a whole: {together}{missing}.", *_recommended(whole)]
 
     def _refusals(self) -> list[str]:
         """Ways that no shape could have, with the reason."""
@@ -220,17 +220,37 @@ class Hardware:
         return [f"{what} cannot be had here: {why.rstrip('.')}." for what, why in reasons.items()]
 
 
-def crossing(rows: Sequence[Row]) -> float | None:
-    """The density at which the speed-up of rows, sorted by density, last comes down through 1."""
-    faster = [index for index, row in enumerate(rows) if row["speedup"] >= 1]
-    if not faster:
-        return None
-    low = rows[faster[-1]]
-    if faster[-1] == len(rows) - 1:
-        return low["density"]
-    high = rows[faster[-1] + 1]
-    share = math.log(low["speedup"]) / math.log(low["speedup"] / high["speedup"])
-    return low["density"] * (high["density"] / low["density"]) ** share
+def _line(whole: Sequence[Mapping[str, float]]) -> list[Point]:
+    return [(point["density"], point["speedup"]) for point in whole]
+
+
+def _summary(whole: list[dict[str, float]]) -> dict[str, Any]:
+    """What one way does to a whole model; `highest` is the highest density known to pay."""
+    line = _line(whole)
+    found = ranges(line)
+    highest = None if not found else line[-1][0] if found[-1].high is None else found[-1].high
+    return {"points": whole, "ranges": found, "pays": said(line), "highest": highest}
+
+
+def _advised(lines: Mapping[str, Sequence[Point]]) -> str:
+    """Which ways are faster than dense at which densities, with their best; and which never are."""
+    best = {what: max(line, key=lambda point: point[1]) for what, line in lines.items()}
+    pays = [f"{w} {said(line)} ({best[w][1]:.1f}x at {best[w][0]:.2g})" for w, line in lines.items() if ranges(line)]
+    never = [f"{what} ({best[what][1]:.2f}x at best)" for what, line in lines.items() if not ranges(line)]
+    text = f"faster than dense at density: {', '.join(pays)}" if pays else "nothing is faster than dense"
+    return text + (f"; never faster: {', '.join(never)}" if never else "")
+
+
+def _recommended(whole: Mapping[str, Any]) -> list[str]:
+    """One line: the way that asks for the fewest zeros, and the fastest where that is another."""
+    take, ways = whole["take"], whole["ways"]
+    if take is None:
+        return [f"{whole['name']}: for speed leave it dense on this device."]
+    best = {what: max(way["points"], key=lambda point: point["speedup"]) for what, way in ways.items()}
+    fastest = max(best, key=lambda what: best[what]["speedup"])
+    text = f"{whole['name']}: for speed take {take}, which makes the whole faster {ways[take]['pays']}"
+    top = f"{best[fastest]['speedup']:.1f}x at {best[fastest]['density']:.2g}"
+    return [f"{text}: no other way pays at a higher density; fastest of all: {fastest}, {top}."]
 
 
 def _cell(row: Row, name: str) -> str:

@@ -133,7 +133,7 @@ def attempt(way: Way, case: Case, setting: Setting) -> tuple[Row, Run | None]:
     except Exception as error:  # whatever a device, a torch build or a shape refuses
         return {"why": _reason(error)}, None
     facts = {"density": built.parameters / case.weight.numel(), "parameters": built.parameters}
-    facts |= {f"cover({b})": built.pattern.cover(b) for b in (16, 32, 64)}
+    facts |= {} if built.pattern is None else {f"cover({b})": built.pattern.cover(b) for b in (16, 32, 64)}
     facts |= {"stored_mib": built.stored / MIB, "peak_mib": held / MIB, "error": error}
     return {**facts, "how": ", ".join(filter(None, (how, built.how)))}, call
 

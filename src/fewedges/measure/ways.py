@@ -9,6 +9,7 @@ Shapes: M input vectors, C inputs, R outputs.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fewedges.errors import RecipeError
 from fewedges.sparsify import pattern as patterns
 from fewedges.sparsify.block_kernel import block_product, gather_blocks, index_blocks
-from fewedges.sparsify.butterfly import PixelatedLinear
+from fewedges.sparsify.butterfly import PixelatedLinear, flat_butterfly
 from fewedges.sparsify.launching import Kernel
+from fewedges.sparsify.monarch import ButterflyProduct, Monarch
 from fewedges.sparsify.pattern import Pattern
 from fewedges.sparsify.pixelate import plan_for
 from fewedges.sparsify.select import select
 
 Call = Callable[[], Tensor]
+CHUNK = 256
+"""Columns of a product of factors that are computed at a time in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +62,8 @@ class Built:
 
     calls: Mapping[str, Call]
     """The same product, said in different ways; each gives (M, R), contiguous as a dense layer's."""
-    pattern: Pattern
-    """Where weights are stored; of a sum with a low rank, the sparse term's."""
+    pattern: Pattern | None
+    """Where weights are stored; of a sum with a low rank, the sparse term's; None for a product of factors."""
     parameters: int
     """Numbers kept; as many multiplications a vector."""
     stored: int
@@ -138,6 +143,23 @@ def pixelated(case: Case, rank_share: float, kernel: Kernel = "reference") -> Bu
     )
 
 
+def monarch(case: Case) -> Built:
+    """Two block-diagonal factors with a transpose between them, in the largest number of blocks that is not over."""
+    rows, columns = case.shape
+    fitting = {k: k * (rows + columns) for k in _divisors(rows, columns) if k > 1}  # one block is a rank of one
+    k = _largest("a Monarch matrix", fitting, case)
+    return _factored(case, lambda: Monarch(columns, rows, k), lambda layer: layer.weight, f"{k} blocks a factor")
+
+
+def butterfly_product(case: Case) -> Built:
+    """log2(S / b) sparse factors one after the other, of the largest blocks b that are not over; S >= both sides."""
+    rows, columns = case.shape
+    fitting = {b: _product_parameters(rows, columns, b) for b in _divisors(rows, columns)}
+    b = _largest("a butterfly product", fitting, case)
+    how = f"{(_product_side(rows, columns, b) // b).bit_length() - 1} factors of {b} x {b} blocks"
+    return _factored(case, lambda: ButterflyProduct(columns, rows, b), _columnwise, how)
+
+
 WAYS: dict[str, Way] = {
     "dense": Way(dense),
     "masked": Way(masked),
@@ -146,10 +168,72 @@ WAYS: dict[str, Way] = {
     **{f"bsr {b}": Way(partial(bsr, b=b)) for b in (32, 64, 128)},
     "butterfly": Way(partial(pixelated, rank_share=0.0)),
     "pixelated": Way(partial(pixelated, rank_share=0.25)),
+    "monarch": Way(monarch),
+    "butterfly product": Way(butterfly_product),
     **{f"bsr {b} (triton)": Way(partial(blocks, b=b)) for b in (32, 64, 128)},
     "butterfly (triton)": Way(partial(pixelated, rank_share=0.0, kernel="triton")),
     "pixelated (triton)": Way(partial(pixelated, rank_share=0.25, kernel="triton")),
 }
+
+
+def examples(side: int = 256, block: int = 16) -> dict[str, Pattern]:
+    """Patterns to show what a block costs: 1 % anywhere, as many in blocks (not fewer), a butterfly of all strides."""
+    score = torch.rand(side, side, generator=torch.Generator().manual_seed(0))
+    blocks = select(score, f"{block}x{block}", 0.01)
+    cells = flat_butterfly(side, side, side // block, (side // block).bit_length() - 1)
+    return {
+        "1% anywhere": select(score, "unstructured", 0.01),
+        f"{100 * blocks.density:.2g}% in blocks": blocks,
+        f"butterfly, {100 * cells.density:.2g}%": cells,
+    }
+
+
+def _divisors(rows: int, columns: int) -> list[int]:
+    both = math.gcd(rows, columns)
+    return [size for size in range(1, both + 1) if both % size == 0]
+
+
+def _product_side(rows: int, columns: int, b: int) -> int:
+    """What `ButterflyProduct` pads to: the next power of two, times b."""
+    return b * 2 ** (-(-max(rows, columns, 2 * b) // b) - 1).bit_length()
+
+
+def _product_parameters(rows: int, columns: int, b: int) -> int:
+    """In every factor two blocks of b x b in a row of blocks."""
+    side = _product_side(rows, columns, b)
+    return 2 * b * side * ((side // b).bit_length() - 1)
+
+
+def _largest(what: str, parameters: Mapping[int, int], case: Case) -> int:
+    """The size with most parameters that are not more than asked for; RecipeError where all are."""
+    rows, columns = case.shape
+    fitting = {size: kept for size, kept in parameters.items() if kept <= case.density * rows * columns * (1 + 1e-9)}
+    if not fitting:
+        least = min(parameters.values(), default=rows * columns) / (rows * columns)
+        found = f"the thinnest for {columns} inputs and {rows} outputs has {least:.3g}"
+        raise RecipeError(f"{what} of density {case.density:g}", found, "a higher density, or sides that share factors")
+    return max(fitting, key=lambda size: fitting[size])
+
+
+def _factored(case: Case, make: Callable[[], Any], matrix: Callable[[Any], Tensor], how: str) -> Built:
+    """A product of factors, drawn by its own rule: no entry of the matrix itself is stored, so it has no pattern."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        layer = make().to(case.x).requires_grad_(False)
+    return Built(
+        calls={"batched products": lambda: layer(case.x).contiguous()},
+        pattern=None,
+        parameters=sum(part.numel() for part in layer.parameters()),
+        stored=_bytes(list(layer.parameters())),
+        exact=lambda: matrix(copy.deepcopy(layer).double()),
+        how=how,
+    )
+
+
+def _columnwise(layer: Any) -> Tensor:
+    """The matrix of a linear layer, by what it makes of unit vectors: factors written out as S x S would not fit."""
+    units = torch.eye(layer.in_features).to(layer.twiddle)
+    return torch.cat([layer(part).T for part in units.split(CHUNK)], 1)
 
 
 def _compressed(case: Case, kept: Pattern, compress: Callable[[Tensor], Tensor]) -> Built:
