@@ -8,6 +8,7 @@ import yaml
 import fewedges as fe
 from fewedges import choosing, cli
 from fewedges.recipes import write_recipe
+from fewedges.weight_recipes import METHODS, TRAINED, Method
 
 WANDA = ["--method", "wanda", "--structure", "2:4", "--calibration-windows", "8"]
 
@@ -48,6 +49,14 @@ def said(words, asked):
         (["--keep-dense", "up", "down", "--method", "random"], fe.Prune(method="random", keep_dense=("up", "down"))),
         (["--method", "distil", "--layers", "0", "2", "--steps", "9"], fe.Distil(layers=(0, 2), steps=9)),
         (["--method", "quantize", "--bits", "4"], fe.Quantize(bits=4)),
+        (["--method", "rigl", "--density", "0.1", "--from-scratch"], fe.Rewire(density=0.1, from_scratch=True)),
+        (["--method", "set", "--every", "7"], fe.Rewire(method="set", every=7)),
+        (["--method=static", "--structure", "16x16"], fe.Train(structure="16x16")),
+        (
+            ["--method", "gradual", "--price", "up=2", "--allocation", "cost"],
+            fe.Gradual(allocation="cost", price=("up=2",)),
+        ),
+        (["--method", "tickets", "--density", "0.2", "--rewind", "9"], fe.Rewind(density=0.2, rewind=9)),
     ],
 )
 def test_the_method_chooses_the_recipe_and_flags_are_its_fields(words, wanted, asked):
@@ -80,14 +89,21 @@ def test_a_recipe_of_another_kind_is_refused(tmp_path, recipe, capsys):
     words = ["sparsify", "addition", "--out", "x", "--recipe", str(tmp_path / "r.yaml"), "--method", "wanda"]
     assert cli.main(words) == 2
     assert "error: --method wanda --recipe" in capsys.readouterr().err
-    if isinstance(recipe, fe.Tickets | fe.CircuitSearch):
+    if isinstance(recipe, fe.CircuitSearch):
         assert cli.main(words[:-2]) == 2
         assert "a recipe of" in capsys.readouterr().err
 
 
 @pytest.mark.says
 @pytest.mark.parametrize(
-    ("method", "flag"), [("wanda", "--keep-dense"), ("distil", "--hidden-weight"), ("quantize", "--bits")]
+    ("method", "flag"),
+    [
+        ("wanda", "--keep-dense"),
+        ("distil", "--hidden-weight"),
+        ("quantize", "--bits"),
+        ("rigl", "--from-scratch"),
+        ("tickets", "--rounds"),
+    ],
 )
 def test_the_help_of_a_method_shows_its_fields_and_not_those_of_attention(method, flag, capsys):
     assert cli.main(["sparsify", "--method", method, "--help"]) == 0
@@ -95,6 +111,15 @@ def test_the_help_of_a_method_shows_its_fields_and_not_those_of_attention(method
     assert flag in text
     assert "Example: fewedges sparsify smollm2 --method wanda" in text
     assert "--kl-margin" not in text
+
+
+@pytest.mark.says
+def test_no_method_is_missing_from_help_and_a_new_row_is_a_method(capsys, asked, monkeypatch):
+    assert cli.main(["sparsify", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert f"{{attention,{','.join((*METHODS, *TRAINED))},distil,quantize}}" in shown
+    monkeypatch.setitem(TRAINED, "fading", Method("random", schedule="cubic", update="train"))
+    assert said(["--method", "fading", "--until", "0.5"], asked)[1] == fe.Gradual(method="fading", until=0.5)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

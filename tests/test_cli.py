@@ -19,6 +19,8 @@ from fewedges import cli, demo
 from fewedges.data.addition import tokenizer
 from fewedges.errors import FewedgesError, Interrupted
 from fewedges.explain.attention_explaining import read_attention_explained
+from fewedges.explain.exchange import read_eap_ig
+from fewedges.explain.explaining import read_explained
 from fewedges.explain.positions import read_token_edges
 from fewedges.recipes import SparseAttention, read_recipe, write_recipe
 from tiny import tiny_model
@@ -468,3 +470,58 @@ def test_explain_counts_attention_edges_where_it_is_asked_to(tmp_path, capsys):
     assert str(tmp_path / "attention-circuits-addition-light.png") in capsys.readouterr().out
     found = read_attention_explained(tmp_path / "attention-addition.json")
     assert found.curves["dense"].edges[-1] > found.curves["dense"].edges[0] > 0
+
+
+EXPLAIN = ["explain", "addition", "--points", "3", "--samples", "5", "--no-controls", "--no-complements"]
+
+
+@pytest.mark.says
+def test_explain_takes_all_rows_of_a_file_and_exports_circuits(tmp_path, capsys):
+    sums = [(a, b, f"{a + b:03d}") for a, b in ((12, 35), (27, 41), (33, 18), (52, 19), (64, 23), (71, 26))]
+    rows = [
+        {"clean": f"{a}+{b}=0", "corrupt": f"{a}+{b + 20}=0", "answers": [s[1]], "wrong": [f"{a + b + 20:03d}"[1]]}
+        for a, b, s in sums
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [*EXPLAIN, "--task", str(tmp_path / "own.jsonl"), "--export", str(tmp_path / "circuits")]
+    assert cli.main([*words, "--out", str(tmp_path), "--positions", "--task-options", "metric=max_diff"]) == 0
+    exported = tmp_path / "circuits" / "own-dense.json"
+    assert str(exported) in capsys.readouterr().out
+    found = read_explained(tmp_path / "circuits-own.json")
+    assert list(read_eap_ig(exported).graph.names(read_eap_ig(exported).mask)) == found.circuits["dense"]
+    assert (found.facts["count"], found.facts["prompts"]["metric"]) == (6, "max_diff")
+    call = shlex.split(found.facts["manifest"]["call"])
+    assert call[:2] == ["fewedges", "explain"]
+    assert {"metric=max_diff", str(tmp_path / "own.jsonl"), "--no-controls"} <= set(call)
+
+
+@pytest.mark.says
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "exact", "--nodes", "--count", "4"], "whole heads and MLPs"),
+        (["--method", "learned", "--mask-steps", "2", "--count", "4", "--no-split"], "learned"),
+        (["--task-options", "digit=ones", "held_out=false", "--count", "4"], "addition (ones)"),
+    ],
+)
+def test_explain_reaches_every_method_and_the_options_of_tasks(flags, said, capsys):
+    assert cli.main([*EXPLAIN, "--task", "addition", *flags]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--edges", "attention", "--export", "x"],
+        ["--edges", "attention", "--nodes"],
+        ["--edges", "attention", "--method", "learned"],
+        ["--method", "exact", "--gim"],
+        ["--task-options", "digit"],
+    ],
+)
+def test_what_explain_cannot_do_together_is_refused(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*EXPLAIN, "--task", "addition", "--count", "8", *flags]) in (1, 2)
+    assert capsys.readouterr().err.startswith("error: ")
+    assert list(tmp_path.glob("x*")) == []

@@ -12,7 +12,17 @@ import yaml
 from fewedges import weight_recipes
 from fewedges.errors import RecipeError
 from fewedges.recipes import RECIPES, from_dict, read_recipe, to_dict, write_recipe
-from fewedges.weight_recipes import WEIGHT_RECIPES, Distil, Prune, Quantize, Rewire, Tickets
+from fewedges.weight_recipes import (
+    WEIGHT_RECIPES,
+    Distil,
+    Gradual,
+    Prune,
+    Quantize,
+    Rewind,
+    Rewire,
+    Tickets,
+    Train,
+)
 
 OUT_OF_RANGE = {
     "layers": ((1, 0), (0, 0), (-1,), (0.5,), 3, [0]),
@@ -41,16 +51,19 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("name", WEIGHT_RECIPES)
 def test_every_field_has_a_sentence_of_help_under_it(name):
     kind = WEIGHT_RECIPES[name]
-    (body,) = [
-        node.body
-        for node in ast.parse(inspect.getsource(weight_recipes)).body
-        if isinstance(node, ast.ClassDef) and node.name == kind.__name__
-    ]
-    helped = {
-        field.target.id: text.value.value
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
+    helped = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        (body,) = [
+            node.body
+            for node in ast.parse(inspect.getsource(weight_recipes)).body
+            if isinstance(node, ast.ClassDef) and node.name == parent.__name__
+        ]
+        helped |= {
+            field.target.id: text.value.value
+            for field, text in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        }
+    helped = {name: text for name, text in helped.items() if name not in ("schedule", "rules")}  # of the class
     assert set(helped) == {field.name for field in dataclasses.fields(kind)}
     assert [field for field, text in helped.items() if not text.rstrip().endswith(".")] == []
 
@@ -76,13 +89,44 @@ def test_an_objective_of_nothing_is_refused():
     assert Distil(kl_weight=0.0, hidden_weight=1).hidden_weight == 1
 
 
+@pytest.mark.survives
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        *((kind, "density", value) for kind in (Train, Rewire, Gradual, Rewind) for value in (0.0, 1.01, None)),
+        *((kind, "structure", value) for kind in (Train, Rewire) for value in ("head", "channel", "2:4", "blocks")),
+        *((Rewire, name, value) for name in ("until", "drop") for value in (0.0, 1.5)),
+        (Rewire, "allocation", "global"),
+        (Rewind, "allocation", "erk"),
+        (Rewind, "allocation", "cost"),
+        (Rewire, "method", "wanda"),
+        (Train, "method", "rigl"),
+        (Rewire, "grow", "weight"),
+        (Gradual, "every", 0),
+        (Gradual, "until", 0.0),
+        (Rewind, "rewind", 1000),
+        (Rewind, "rounds", 0),
+        (Train, "keep_dense", "down_proj"),
+        (Train, "price", ("",)),
+        (Train, "from_scratch", 1),
+        (Train, "steps", 0),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_by_the_name_of_its_field(kind, field, value):
+    with pytest.raises(RecipeError, match=field):
+        kind(**{field: value})
+
+
 @pytest.mark.reproduces
 def test_one_recipe_or_several_go_through_yaml_and_plain_data(tmp_path):
     given = (
         Prune(method="wanda", structure="2:4", keep_dense=("down_proj",)),
         Distil(layers=(0, 2), learning_rate=1 / 3),
         Quantize(bits=4, group_size=32),
-        Rewire(density=0.1),
+        Train(structure="16x16", from_scratch=True),
+        Rewire(density=0.1, allocation="cost", price=("down_proj=2", "q_proj=.5")),
+        Gradual(until=0.5, keep_dense=("up_proj",)),
+        Rewind(rounds=2, rewind=3, allocation="global"),
         Tickets(rounds=3),
     )
     for number, recipe in enumerate((*given, given, given[:1])):

@@ -8,18 +8,21 @@ import inspect
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fewedges.errors import RecipeError
 from fewedges.progress import Progress
 from fewedges.recipes import SparseAttention, read_recipe, to_dict
-from fewedges.weight_recipes import METHODS, Distil, Prune, Quantize
+from fewedges.weight_recipes import METHODS, TRAINED, Distil, Gradual, Prune, Quantize, Rewind, Rewire, Tickets, Train
 
 Model = Annotated[str, tyro.conf.Positional]
 Verb = Callable[..., None]
-Method = Literal["attention", "random", "magnitude", "snip", "wanda", "sparsegpt", "distil", "quantize"]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[("attention", *METHODS, *TRAINED, "distil", "quantize")]
 
 
 def sparsify_verb(words: Sequence[str], attention: Verb) -> Verb:
@@ -29,21 +32,31 @@ def sparsify_verb(words: Sequence[str], attention: Verb) -> Verb:
     """
     path, method = value_of(words, "--recipe"), value_of(words, "--method")
     given = None if path is None else read_recipe(path)
-    kinds = {**dict.fromkeys(METHODS, Prune), "distil": Distil, "quantize": Quantize, "attention": SparseAttention}
+    kinds = recipe_kinds()
     if given is None and method not in kinds:
         return attention  # no such method: the parser says which there are
     if isinstance(given, tuple) and method is None:
         return with_settings(sparsify_weights, given)
     if given is None:
         kind = kinds[str(method)]
-        given = Prune(method=str(method)) if kind is Prune else kind()
+        given = kind() if method in ("attention", "distil", "quantize") else kind(method=str(method))
     elif type(given) is not (kinds.get(method, object) if method else type(given)):
         raise RecipeError(f"--method {method} --recipe {path}", f"a recipe of {_name(given)}", "one of the two")
     if isinstance(given, SparseAttention):
         return with_settings(attention, given)
-    if isinstance(given, Prune | Distil | Quantize):
+    if isinstance(given, Tickets):
+        return with_settings(sparsify_weights, (given,))
+    if isinstance(given, Prune | Distil | Quantize | Train):
         return with_settings(sparsify_weights, given)
-    raise RecipeError(f"sparsify --recipe {path}", f"a recipe of {_name(given)}", "attention, prune, distil, quantize")
+    raise RecipeError(f"sparsify --recipe {path}", f"a recipe of {_name(given)}", f"one for {', '.join(kinds)}")
+
+
+def recipe_kinds() -> dict[str, type]:
+    """The recipe of every method: for those that train it is the one that their row's schedule has."""
+    by_schedule: dict[str, type] = {kind.schedule: kind for kind in (Train, Rewire, Gradual, Rewind)}
+    training = {name: by_schedule[row.schedule] for name, row in TRAINED.items()}
+    others = {"distil": Distil, "quantize": Quantize, "attention": SparseAttention}
+    return {**dict.fromkeys(METHODS, Prune), **training, **others}
 
 
 def sparsify_weights(
@@ -59,18 +72,18 @@ def sparsify_weights(
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Prune, distil or quantize the weights of a model; with a recipe of stages, in a row. Run again to resume.
+    """Prune, train, distil or quantize a model's weights; with a recipe of stages, in a row. Run again to resume.
 
     Example: fewedges sparsify smollm2 --method wanda --structure 2:4 --data my_text/ --out runs/pruned
 
     Args:
         model: Hub id, folder, .gguf file, `smollm2`, `addition`, or a run of this verb to go on from.
-        out: Folder of the run: the result after every stage, and the checkpoint of a distillation.
+        out: Folder of the run: the result after every stage, and the checkpoint of a training.
         data: Text file, folder of text, or a hub dataset; `addition`, random, magnitude and quantize need none.
-        recipe: YAML file of settings, which flags override, or of a list of stages (prune, distil, quantize).
+        recipe: YAML file of settings, which flags override, or of a list of stages (prune, train, distil, quantize).
         settings: The recipe.
-        max_tokens: Distillation reads at most this many tokens of the data (needed for a hub dataset).
-        pause_minutes: End this piece of a distillation after so many minutes; the same command goes on.
+        max_tokens: Training reads at most this many tokens of the data (needed for a hub dataset).
+        pause_minutes: End this piece of a training after so many minutes; the same command goes on.
         device: cpu or cuda.
         dry_run: Load the model, resolve the recipe, print both, change nothing.
         json: Print one json object at the end.

@@ -7,9 +7,9 @@ by a signal with the state saved. No traceback unless --debug.
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,7 +106,7 @@ def sparsify(
         model: Hub id, folder, .gguf file, `smollm2`, `addition`, or a sparse run to make sparser.
         out: Folder of the run: checkpoints, log.jsonl, curve, and the result.
         data: Text file, folder of text, or a hub dataset; `addition` needs none.
-        recipe: YAML file of settings, which flags override, or of a list of stages (prune, distil, quantize).
+        recipe: YAML file of settings, which flags override, or of a list of stages (prune, rigl, distil, quantize ...).
         method: What is made sparse: attention edges, or weights, by flags that `--method wanda --help` shows.
         settings: The recipe.
         control: Also train the dense control: same data, same steps, no gates.
@@ -240,10 +240,12 @@ def explain(
     run: Model,
     *,
     task: str = "ioi",
+    task_options: tuple[str, ...] = (),
     out: Path | None = None,
     settings: Search = SEARCH,
     edges: Literal["components", "attention"] = "components",
     positions: bool = False,
+    export: Path | None = None,
     theme: Literal["light", "dark"] = "light",
     device: str = "cpu",
     json: bool = False,
@@ -255,26 +257,28 @@ def explain(
     Args:
         run: Folder of a sparse run, or any dense model.
         task: ioi, ioi_long, greater_than, docstring, addition, induction, or a csv or jsonl file of prompts.
+        task_options: The task's own choices, such as corruption=s2_io_flip, digit=ones, or of a file skip=true.
         out: Folder for circuits-TASK.json and the pictures; default: nothing is written.
         settings: How circuits are searched and measured.
         edges: What is kept or cut: edges between heads and MLPs, or attention edges (which token reads which).
         positions: With --out: also which token reads which in the circuit's heads, and their attention maps.
+        export: Folder for each model's scores and circuit at 0.9 as json of EAP-IG and MIB (which has no key/value
+            groups: an edge into one is written as an edge into each of its query heads).
         theme: Light or dark background.
         device: cpu or cuda.
         json: Print one json object.
     """
-    from fewedges.explain.explaining import explain as explained
+    from fewedges.explain.tasks import read_options
     from fewedges.pictures import draw_attention_circuits, draw_explained
     from fewedges.sparsify.attention.result import load
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
+    attention, options = edges == "attention", read_options(task_options)
+    if (positions and out is None) or (attention and (positions or export is not None)):
+        hint = "edges=components, and with --positions --out FOLDER"
+        raise RecipeError("explain --positions or --export", f"edges={edges}, out={out}", hint)
+    flags = ["--edges", edges, *(["--task-options", *task_options] if task_options else []), "--device", device]
     what = _attended(load(run, device=device))
-    if positions and (out is None or edges == "attention"):
-        raise RecipeError("explain --positions", f"edges={edges}, out={out}", "--out FOLDER, and edges=components")
-    attention = edges == "attention"
-    found = _attention_edges(what, task, settings, tell) if attention else explained(what, task, settings, watch=tell)
+    found = _explained(what, run, task, settings, flags, options if attention else {**options, "export": export})
     files = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -283,8 +287,8 @@ def explain(
         drawn = {"name": name, "theme": theme}
         files += draw_attention_circuits({found.task: found}, out, **drawn) if attention else []
         files += draw_explained([found], out, **drawn) if not attention else []
-        files += _positions(what, found, task, settings, out, theme) if positions else []
-    _print_json(found.to_dict()) if json else print(found, *files, sep="\n")
+        files += _positions(what, found, task, settings, out, theme, options) if positions else []
+    _print_json(found.to_dict()) if json else print(found, *files, *found.facts.get("exported", []), sep="\n")
 
 
 VERBS = {
@@ -344,17 +348,25 @@ def _curve(records: list[Any], dense: Any, recipe: SparseAttention, out: Path, t
     return save(training_curve(known, title=f"Sparse {dense.name}", theme=theme), out / "curve")
 
 
-def _attention_edges(what: Any, task: str, settings: CircuitSearch, tell: Any) -> Any:
-    """Explain over attention edges; settings that were left alone are those that suit them."""
-    from fewedges.explain.attention_explaining import SEARCH as ATTENTION
-    from fewedges.explain.attention_explaining import explain_attention
+def _explained(
+    what: Any, run: str, task: str, settings: CircuitSearch, flags: list[str], options: dict[str, Any]
+) -> Any:
+    from fewedges.explain.attention_explaining import explain_attention, suited
+    from fewedges.explain.explaining import explain as explained
+    from fewedges.explain.manifest import command_of
 
-    plain = asdict(SEARCH)
-    changed = {name: value for name, value in asdict(settings).items() if value != plain[name]}
-    return explain_attention(what, task, replace(ATTENTION, **changed), watch=tell)
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    given: dict[str, Any] = {"source": run, "call": shlex.join(command_of(run, task, settings, flags)), "watch": tell}
+    if "attention" in flags:
+        return explain_attention(what, task, suited(settings), **given, **options)
+    return explained(what, task, settings, **given, **options)
 
 
-def _positions(what: Any, found: Any, task: str, settings: CircuitSearch, out: Path, theme: str) -> list[Path]:
+def _positions(
+    what: Any, found: Any, task: str, settings: CircuitSearch, out: Path, theme: str, options: dict[str, Any]
+) -> list[Path]:
     """Write the token edges of the circuit's heads, dense and sparse, and the maps of the first prompt."""
     from fewedges.explain.positions import token_edges
     from fewedges.explain.tasks import prompts_for
@@ -362,7 +374,8 @@ def _positions(what: Any, found: Any, task: str, settings: CircuitSearch, out: P
     from fewedges.pictures import draw_positions
 
     models = {label: x for label, x in models_of(what).items() if label in ("dense", "sparse")}
-    prompts = prompts_for(task, models["dense"].tokenizer, min(settings.count, 16), settings.seed)
+    prompts = prompts_for(task, models["dense"].tokenizer, settings.count, settings.seed, **options)
+    prompts = prompts.subset(range(min(len(prompts), 16)))
     edges = {label: token_edges(x, prompts) for label, x in models.items()}
     kept = found.circuits.get("sparse" if "sparse" in edges else "dense")
     edges = {label: x.of_heads(kept) if kept else x for label, x in edges.items()}

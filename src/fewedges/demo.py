@@ -74,7 +74,8 @@ def _explain(sparse: Any, out: Path) -> tuple[Any, list[Path]]:
     from fewedges.pictures import draw_explained
     from fewedges.recipes import CircuitSearch
 
-    found = explain(sparse, "addition", CircuitSearch(count=128, samples=300))
+    call = f"fewedges demo --out {out} --seed {sparse.recipe.seed}"
+    found = explain(sparse, "addition", CircuitSearch(count=128, samples=300), source=out / "run", call=call)
     files = [found.save(out / "circuits-addition.json")]
     for theme in ("light", "dark"):
         files += draw_explained([found], out, name="addition", theme=theme)

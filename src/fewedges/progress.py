@@ -3,6 +3,13 @@
 import sys
 from typing import Any
 
+NAME = 16
+"""Characters that the first column of a table keeps at least, where its cells have as many."""
+WHOLE = 24
+"""Longest cell that is never broken; a longer one (a sentence) is broken at its blanks."""
+BORDER = 3
+"""Characters a column takes up beside its cells: a line and two blanks."""
+
 
 class Progress:
     """A progress bar with the numbers that matter; plain lines where there is no terminal, nothing when quiet."""
@@ -45,16 +52,68 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def print_table(report: Any) -> None:
-    """Print a result's tables (a Report has one), and under them the protocol."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print a result's tables (a Report has one), and under them the protocol.
 
+    Into a pipe or a file they are plain Markdown, a line a row. On a terminal no number is ever cut: names are
+    folded first, and columns that still do not fit stand in a further table.
+    """
     from fewedges.measure.report import table
 
+    tables = report.tables() if hasattr(report, "tables") else [table(report)]
+    if not sys.stdout.isatty():
+        for header, rows in tables:
+            print(*(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)), "", sep="\n")
+        print(report.protocol())
+        return
+    from rich.console import Console
+
     console = Console()
-    for header, rows in report.tables() if hasattr(report, "tables") else [table(report)]:
-        grid = Table(*header)
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
+    for header, rows in tables:
+        for part in _fitting(header, rows, console.width):
+            lines = [[cells[i] for i in part] for cells in (header, *rows)]
+            wide = Console(width=max(console.width, _name(lines) + sum(_widths(lines))))  # the terminal may break it
+            wide.print(_grid(lines))
     console.print(report.protocol())
+
+
+def _fitting(header: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
+    """Columns in groups that fit the width, each led by the first column, which may fold down to `NAME`."""
+    first, widths = _name([header, *rows]), _widths([header, *rows])
+    groups: list[list[int]] = []
+    for index, mine in enumerate(widths, start=1):
+        if not groups or first + sum(widths[i - 1] for i in groups[-1][1:]) + mine > width:
+            groups.append([0])
+        groups[-1].append(index)
+    return groups or [[0]]
+
+
+def _name(lines: list[list[str]]) -> int:
+    """What the first column needs, with the line at the right end."""
+    return min(NAME, max(len(cells[0]) for cells in lines)) + BORDER + 1
+
+
+def _widths(lines: list[list[str]]) -> list[int]:
+    """What each further column needs: its longest cell whole, its header broken at blanks."""
+    header, *rows = lines
+    columns = zip(*([cells[1:] for cells in rows] or [header[1:]]), strict=True)
+    parts = [[*name.split(), *map(_whole, cells)] for name, cells in zip(header[1:], columns, strict=True)]
+    return [max(map(len, [*words, ""])) + BORDER for words in parts]
+
+
+def _whole(cell: str) -> str:
+    """The longest part of a cell that stays on one line."""
+    return cell if len(cell) <= WHOLE else max(cell.split(), key=len)
+
+
+def _grid(lines: list[list[str]]) -> Any:
+    """A table, header first; only its first column may be narrower than its cells."""
+    from rich.table import Table
+    from rich.text import Text
+
+    header, *rows = lines
+    grid = Table()
+    for name, width in zip(header, [1 + BORDER, *_widths(lines)], strict=True):
+        grid.add_column(Text(name), min_width=width - BORDER, overflow="fold")
+    for cells in rows:
+        grid.add_row(*(Text(cell) for cell in cells))
+    return grid

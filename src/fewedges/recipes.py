@@ -177,40 +177,65 @@ class SparseAttention:
 class CircuitSearch:
     """How circuits are searched and measured; the same for every model that is compared."""
 
-    method: Literal["eap", "eap-ig", "eap-ig-activations"] = "eap-ig"
-    """How edges are ranked: by plain or by integrated gradients."""
+    method: Literal["eap", "eap-ig", "eap-ig-activations", "exact", "learned"] = "eap-ig"
+    """How edges are ranked: by plain or integrated gradients, by patching each (small models), by a learned mask."""
     steps: int = 5
     """Steps of integration."""
     gim: bool = False
     """Use GIM's backward rules (arXiv:2505.17630)."""
     through_gates: bool = True
     """Let gradients pass a sparse model's gates (straight-through); False: a gate is a constant."""
+    mask_steps: int = 300
+    """Steps of learning a mask (method=learned)."""
+    mask_density: float = 0.05
+    """Share of edges that a learned mask aims to keep (method=learned)."""
     ablation: Literal["counterfactual", "resample", "mean", "mean-position", "zero"] = "counterfactual"
     """What a removed edge carries instead."""
     how: Literal["absolute", "signed", "greedy", "greedy-signed", "random"] = "absolute"
     """In which order edges are kept."""
+    nodes: bool = False
+    """Keep whole heads and MLPs, with all edges between them, instead of single edges."""
+    split: bool = True
+    """Query, key and value inputs of a head apart; False: one input per head."""
+    key_readers: Literal["group", "head"] = "group"
+    """With shared keys and values: read them once per key/value head, or once per query head as EAP-IG and MIB do."""
+    grid: Literal["log", "mib"] = "log"
+    """Sizes of the circuits of a curve: `points` on a log axis from 10 edges to all, or MIB's ten percentages."""
     points: int = 20
-    """Circuits per curve, evenly on a log axis from 10 edges to all."""
-    count: int = 128
-    """Prompts: half to search on, half to measure on."""
+    """Circuits per curve."""
+    count: int | None = None
+    """Prompts: half to search on, half to measure on. Default 128, and all rows of a file."""
     samples: int = 1000
     """Bootstrap samples."""
     controls: bool = True
     """Also measure random circuits, shuffled answers and untrained gates."""
     complements: bool = True
     """Also measure all edges but the circuit's: necessity."""
+    memory: int | None = None
+    """Bytes that may be used beside the model; default 512 MiB on a CPU, 4 GiB on a GPU."""
     seed: int = 0
     """Seed of prompts, split, controls and bootstrap."""
 
     def __post_init__(self) -> None:
-        _check(self, "steps samples", lambda x: x >= 1, "at least 1")
+        _check(self, "steps samples mask_steps memory", lambda x: x >= 1, "at least 1")
         _check(self, "points", lambda x: x >= 2, "at least 2")
         _check(self, "count", lambda x: x >= 4, "at least 4")
         _check(self, "seed", lambda x: x >= 0, "at least 0")
-        _check(self, "gim through_gates controls complements", lambda x: True, "true or false")
+        _check(self, "mask_density", lambda x: 0 < x < 1, "between 0 and 1")
+        _check(self, "gim through_gates nodes split controls complements", lambda x: True, "true or false")
         for name, choices in _choices(self):
             if getattr(self, name) not in choices:
                 raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.gim and not self.method.startswith("eap"):
+            raise RecipeError(f"gim with method={self.method}", "it has no backward pass of its own", "an eap method")
+        if self.nodes and (self.method == "learned" or self.how.startswith("greedy") or self.grid == "mib"):
+            found = f"method={self.method}, how={self.how}, grid={self.grid}, which are of single edges"
+            raise RecipeError("nodes", found, "another method, how=absolute or signed, grid=log")
+        if self.key_readers == "head" and not self.split:
+            raise RecipeError("split=false", "key_readers=head, and one input per head", "one of the two")
 
 
 RECIPES: dict[str, type] = {"sparse-attention": SparseAttention, "circuits": CircuitSearch, **WEIGHT_RECIPES}

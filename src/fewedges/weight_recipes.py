@@ -1,12 +1,13 @@
 """Recipes for sparse weights, and the table of methods: one row each.
 
 A method is what it scores by, among which entries it compares (group), how a budget is shared over matrices
-(allocation), and what it does with the survivors (update). A new method is a new row, and a new score if it has one.
+(allocation), when it does so (schedule), and what becomes of the survivors (update). A new method is a new row, and a
+new score if it has one. `Prune` runs the rows of METHODS, the recipes that train those of TRAINED.
 """
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fewedges.errors import RecipeError
 from fewedges.fields import bad, check, choices
@@ -17,12 +18,16 @@ class Method:
     """A row of the table."""
 
     score: str
-    """A name in score.SCORES."""
+    """A name in score.SCORES: what goes."""
     group: Literal["matrix", "row"] = "matrix"
     """Among which entries scores are compared."""
     allocation: Literal["uniform", "erk", "global"] = "uniform"
-    update: Literal["none", "obs"] = "none"
-    """What happens to the survivors."""
+    schedule: Literal["once", "cubic", "cosine", "rewinding"] = "once"
+    """When; a name in schedule.SCHEDULES."""
+    update: Literal["none", "obs", "train", "rewind"] = "none"
+    """What happens to the survivors: nothing, they make good what goes, they train, they go back to early weights."""
+    grow: str | None = None
+    """A name in score.SCORES: what comes in the place of what goes. Such a method begins with a random mask."""
 
 
 METHODS: dict[str, Method] = {
@@ -32,6 +37,16 @@ METHODS: dict[str, Method] = {
     "wanda": Method("wanda", group="row"),  # Sun et al. 2023, arXiv:2306.11695
     "sparsegpt": Method("obs", update="obs"),  # Frantar and Alistarh 2023, arXiv:2301.00774
 }
+"""The rows that look once."""
+
+TRAINED: dict[str, Method] = {
+    "static": Method("random", allocation="erk", update="train"),
+    "rigl": Method("magnitude", allocation="erk", schedule="cosine", update="train", grow="gradient"),  # 1911.11134
+    "set": Method("magnitude", allocation="erk", schedule="cosine", update="train", grow="random"),  # 1707.04780
+    "gradual": Method("magnitude", schedule="cubic", update="train"),  # Zhu and Gupta 2017, arXiv:1710.01878
+    "tickets": Method("magnitude", schedule="rewinding", update="rewind"),  # Frankle and Carbin 2019, arXiv:1803.03635
+}
+"""The rows that train; the schedule says by which recipe."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,10 @@ class Prune:
     """Granularity: unstructured, 2:4 (keeps 2 of 4), 16x16 (blocks), head or channel (these two shrink the model)."""
     group: Literal["method", "matrix", "row"] = "method"
     """Where scores are compared: as the method does, in the whole matrix, or in each row (output)."""
-    allocation: Literal["method", "uniform", "erk", "global"] = "method"
-    """How the budget is shared over matrices: as the method does, alike, Erdos-Renyi-kernel, or by score."""
+    allocation: Literal["method", "uniform", "erk", "global", "cost"] = "method"
+    """How the budget is shared over matrices: as the method does, alike, Erdos-Renyi-kernel, by score, by price."""
+    price: tuple[str, ...] = ()
+    """For allocation cost: the price of an entry kept, by endings of names, such as down_proj=2; of others 1."""
     keep_dense: tuple[str, ...] = ()
     """Matrices left dense: the ends of their names, such as down_proj."""
 
@@ -110,11 +127,8 @@ class Prune:
         check(self, "damping", lambda x: x > 0, "more than 0")
         check(self, "bits", lambda x: x in (4, 8), "4 or 8")
         check(self, "seed", lambda x: x >= 0, "at least 0")
-        if not isinstance(self.keep_dense, tuple) or not all(isinstance(x, str) and x for x in self.keep_dense):
-            raise bad("keep_dense", self.keep_dense, "that is a list of names")
-        for name, options in choices(self):
-            if getattr(self, name) not in options:
-                raise bad(name, getattr(self, name), f"one of {', '.join(options)}")
+        _check_names(self, "keep_dense price")
+        _check_choices(self)
         self._check_together(kind)
 
     def _check_together(self, kind: Structure) -> None:
@@ -151,47 +165,199 @@ class Quantize:
     def __post_init__(self) -> None:
         check(self, "bits", lambda x: x in (4, 8), "4 or 8")
         check(self, "group_size", lambda x: x > 0, "more than 0")
-        for name, options in choices(self):
-            if getattr(self, name) not in options:
-                raise bad(name, getattr(self, name), f"one of {', '.join(options)}")
+        _check_choices(self)
         if self.format == "fp8" and (self.backend, self.bits, self.group_size) != ("torchao", 8, None):
             raise bad("format", "fp8", "only with backend torchao, 8 bits and no group_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewire:
+class Training:
+    """What all stages that train have in common: objective, AdamW, batches, checkpoints. Not a recipe by itself.
+
+    Minimises   kl_weight * KL(dense || student) + loss_weight * cross-entropy + hidden_weight * hidden difference.
+    """
+
+    kl_weight: float = 0.0
+    """Weight of the KL divergence to the dense model."""
+    loss_weight: float = 1.0
+    """Weight of next-token cross-entropy."""
+    hidden_weight: float = 0.0
+    """Weight of the squared difference of hidden states after each block, relative to the dense model's square."""
+    train: Literal["all", "matrices"] = "all"
+    """What moves: all parameters, or the matrices of the blocks alone."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Gradient norm is clipped to this."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises from 0."""
+    decay_fraction: float = 0.5
+    """Last part of the steps over which the learning rate falls to 0."""
+    context_length: int = 512
+    """Tokens per training window, T."""
+    batch_size: int = 8
+    """Windows per optimiser step."""
+    micro_batch: int | None = None
+    """Windows per forward pass; changes no result but rounding. None: the whole batch."""
+    steps: int = 1000
+    """Optimiser steps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimiser stay float32."""
+    seed: int = 0
+    """Seed of the order of the data, and of all that is drawn: new weights, first mask, what grows at random."""
+    log_every: int = 10
+    """Steps between log records."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        positive = "kl_weight loss_weight hidden_weight weight_decay warmup_steps seed"
+        check(self, positive, lambda x: x >= 0, "at least 0")
+        strictly = "learning_rate clip batch_size micro_batch steps log_every checkpoint_every"
+        check(self, strictly, lambda x: x > 0, "more than 0")
+        check(self, "context_length", lambda x: x >= 2, "at least 2")
+        check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
+        _check_choices(self)
+        if self.kl_weight == self.loss_weight == self.hidden_weight == 0:
+            names = "kl_weight, loss_weight and hidden_weight"
+            raise RecipeError(names, "all are 0, so nothing is learned", "kl_weight=1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(Training):
+    """Training towards the dense model with masks held: recovery after any method, or a student of fewer layers."""
+
+    layers: tuple[int, ...] = ()
+    """First make a student of these layers (0 is the first) of a model not yet pruned; empty: all layers."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence to the dense model."""
+    loss_weight: float = 0.0
+    """Weight of next-token cross-entropy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ascending = "that is ascending layer numbers from 0"
+        check(self, "layers", lambda xs: list(xs) == sorted(set(xs)) and all(x >= 0 for x in xs), ascending)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Training):
+    """Training with a mask made before the first step and held; the other recipes that train move it."""
+
+    schedule: ClassVar[str] = "once"
+    """Rows of the table with this schedule are this recipe's methods."""
+    rules: ClassVar[tuple[str, ...]] = ("uniform", "erk", "cost")
+
+    method: str = "static"
+    """A row of the table: static (a random mask)."""
+    density: float = 0.2
+    """Fraction of entries kept over all matrices, in the end."""
+    structure: str = "unstructured"
+    """Granularity: unstructured, or 16x16 (blocks)."""
+    allocation: Literal["method", "uniform", "erk", "global", "cost"] = "method"
+    """How the budget is shared over matrices: as the method does, alike, Erdos-Renyi-kernel, by score, by price."""
+    price: tuple[str, ...] = ()
+    """For allocation cost: the price of an entry kept, by endings of names, such as down_proj=2; of others 1."""
+    keep_dense: tuple[str, ...] = ()
+    """Matrices left dense: the ends of their names, such as down_proj."""
+    from_scratch: bool = False
+    """Begin with new random weights (drawn by the seed) instead of the given ones; the tokenizer stays."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fitting = [name for name, row in TRAINED.items() if row.schedule == self.schedule]
+        if self.method not in fitting:
+            raise bad("method", self.method, f"one of {', '.join(fitting)}")
+        check(self, "density", lambda x: 0 < x <= 1, "in (0, 1]")
+        check(self, "from_scratch", lambda x: True, "true or false")
+        if Structure.parse(self.structure).kind not in ("unstructured", "block"):
+            raise bad("structure", self.structure, "unstructured or 16x16 (blocks); others: Prune, then Distil")
+        _check_names(self, "keep_dense price")
+        if self.rule not in self.rules:
+            raise bad("allocation", self.allocation, f"one of {', '.join(self.rules)} for method {self.method}")
+
+    @property
+    def row(self) -> Method:
+        """The method."""
+        return TRAINED[self.method]
+
+    @property
+    def rule(self) -> str:
+        """The allocation, resolved."""
+        return self.row.allocation if self.allocation == "method" else self.allocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewire(Train):
     """Training with a mask that moves: RigL (Evci et al. 2020, arXiv:1911.11134), or SET (2018, arXiv:1707.04780)."""
 
-    density: float = 0.2
-    """Fraction of entries kept over all matrices."""
-    allocation: Literal["uniform", "erk"] = "erk"
-    """How the budget is shared over matrices."""
-    every: int = 100
-    """Steps between two rewirings."""
+    schedule: ClassVar[str] = "cosine"
+
+    method: str = "rigl"
+    """A row of the table: rigl or set."""
+    every: int | None = None
+    """Steps between two rewirings. None: 100, or a tenth of the steps where that is less."""
     until: float = 0.75
     """Fraction of the steps after which the mask rests."""
     drop: float = 0.3
     """Fraction of the kept entries that the first rewiring moves; falls to 0 by a cosine."""
-    grow: Literal["gradient", "random"] = "gradient"
-    """What comes in their place: the entries with the largest gradient (RigL), or any (SET)."""
-    steps: int = 1000
-    """Optimiser steps of the whole training."""
-    seed: int = 0
-    """Seed of the first mask, and of what grows at random."""
+    grow: Literal["method", "gradient", "random"] = "method"
+    """What comes in their place: as the method does, the entries with the largest gradient (RigL), or any (SET)."""
 
     def __post_init__(self) -> None:
-        check(self, "density until drop", lambda x: 0 < x <= 1, "in (0, 1]")
-        check(self, "every steps", lambda x: x > 0, "more than 0")
-        check(self, "seed", lambda x: x >= 0, "at least 0")
-        if self.allocation not in ("uniform", "erk"):
-            raise bad("allocation", self.allocation, "uniform or erk")
-        if self.grow not in ("gradient", "random"):
-            raise bad("grow", self.grow, "gradient or random")
+        super().__post_init__()
+        check(self, "until drop", lambda x: 0 < x <= 1, "in (0, 1]")
+        check(self, "every", lambda x: x > 0, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Train):
+    """Training while the mask closes, fast at first (Zhu and Gupta 2017, arXiv:1710.01878)."""
+
+    schedule: ClassVar[str] = "cubic"
+    rules: ClassVar[tuple[str, ...]] = ("uniform", "erk", "global", "cost")
+
+    method: str = "gradual"
+    """A row of the table: gradual."""
+    every: int | None = None
+    """Steps between two prunings. None: 100, or a tenth of the steps where that is less."""
+    until: float = 0.75
+    """Fraction of the steps at which the density is reached."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "until", lambda x: 0 < x <= 1, "in (0, 1]")
+        check(self, "every", lambda x: x > 0, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind(Train):
+    """Lottery tickets: train for `steps`, prune, go back to an early step, and again (arXiv:1803.03635, 1912.05671)."""
+
+    schedule: ClassVar[str] = "rewinding"
+    rules: ClassVar[tuple[str, ...]] = ("uniform", "global")
+
+    method: str = "tickets"
+    """A row of the table: tickets."""
+    rounds: int = 7
+    """Times of pruning; each keeps the same share of what is left."""
+    rewind: int = 0
+    """Step whose weights the survivors go back to; 0: those it began with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "rounds", lambda x: x > 0, "more than 0")
+        check(self, "rewind", lambda x: 0 <= x < self.steps, f"in [0, steps), steps {self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tickets:
-    """Iterative magnitude pruning with rewinding (Frankle and Carbin 2019, arXiv:1803.03635; rewinding 1912.05671)."""
+    """Lottery tickets by rounds and rate, for a loop of one's own; as a stage it is the `Rewind` of its density."""
 
     rounds: int = 7
     """Times of training and pruning; (1 - rate)^rounds is left."""
@@ -208,8 +374,7 @@ class Tickets:
         check(self, "rounds steps", lambda x: x > 0, "more than 0")
         check(self, "rate", lambda x: 0 < x < 1, "in (0, 1)")
         check(self, "rewind", lambda x: 0 <= x < self.steps, f"in [0, steps), steps {self.steps}")
-        if self.scope not in ("matrix", "global"):
-            raise bad("scope", self.scope, "matrix or global")
+        _check_choices(self)
 
     @property
     def density(self) -> float:
@@ -217,76 +382,19 @@ class Tickets:
         return (1 - self.rate) ** self.rounds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distil:
-    """Training towards the dense model with masks held: recovery after any method, or a student of fewer layers.
+def _check_choices(recipe: object) -> None:
+    for name, options in choices(recipe):
+        if getattr(recipe, name) not in options:
+            raise bad(name, getattr(recipe, name), f"one of {', '.join(options)}")
 
-    Minimises   kl_weight * KL(dense || student) + loss_weight * cross-entropy + hidden_weight * hidden difference.
-    """
 
-    layers: tuple[int, ...] = ()
-    """First make a student of these layers (0 is the first) of a model not yet pruned; empty: all layers."""
-    kl_weight: float = 1.0
-    """Weight of the KL divergence to the dense model."""
-    loss_weight: float = 0.0
-    """Weight of next-token cross-entropy."""
-    hidden_weight: float = 0.0
-    """Weight of the squared difference of hidden states after each block, relative to the dense model's square."""
-    train: Literal["all", "matrices"] = "all"
-    """What moves: all parameters, or the matrices of the blocks alone."""
-
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay, on matrices only."""
-    clip: float = 1.0
-    """Gradient norm is clipped to this."""
-    warmup_steps: int = 20
-    """Steps over which the learning rate rises from 0."""
-    decay_fraction: float = 0.5
-    """Last part of the steps over which the learning rate falls to 0."""
-
-    context_length: int = 512
-    """Tokens per training window, T."""
-    batch_size: int = 8
-    """Windows per optimiser step."""
-    micro_batch: int | None = None
-    """Windows per forward pass; changes no result but rounding. None: the whole batch."""
-    steps: int = 1000
-    """Optimiser steps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser stay float32."""
-    seed: int = 0
-    """Seed of the order of the data."""
-    log_every: int = 10
-    """Steps between log records."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-
-    def __post_init__(self) -> None:
-        positive = "kl_weight loss_weight hidden_weight weight_decay warmup_steps seed"
-        check(self, positive, lambda x: x >= 0, "at least 0")
-        strictly = "learning_rate clip batch_size micro_batch steps log_every checkpoint_every"
-        check(self, strictly, lambda x: x > 0, "more than 0")
-        check(self, "context_length", lambda x: x >= 2, "at least 2")
-        check(self, "decay_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
-        ascending = "that is ascending layer numbers from 0"
-        check(self, "layers", lambda xs: list(xs) == sorted(set(xs)) and all(x >= 0 for x in xs), ascending)
-        for name, options in choices(self):
-            if getattr(self, name) not in options:
-                raise bad(name, getattr(self, name), f"one of {', '.join(options)}")
-        if self.kl_weight == self.loss_weight == self.hidden_weight == 0:
-            names = "kl_weight, loss_weight and hidden_weight"
-            raise RecipeError(names, "all are 0, so nothing is learned", "kl_weight=1")
+def _check_names(recipe: object, fields: str) -> None:
+    for field in fields.split():
+        if not isinstance(value := getattr(recipe, field), tuple) or not all(isinstance(x, str) and x for x in value):
+            raise bad(field, value, "that is a list of names")
 
 
 WEIGHT_RECIPES: dict[str, type] = {
-    "prune": Prune,
-    "quantize": Quantize,
-    "distil": Distil,
-    "rewire": Rewire,
-    "tickets": Tickets,
+    **{"prune": Prune, "quantize": Quantize, "distil": Distil, "tickets": Tickets},
+    **{"train": Train, "rewire": Rewire, "gradual": Gradual, "rewind": Rewind},
 }

@@ -1,6 +1,7 @@
 """Curves: nested equals one by one, numbers read off against hand-made curves, intervals, round trips."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,14 @@ def test_edges_at_a_level_are_interpolated_on_the_log_axis():
 
 
 @pytest.mark.matches
+def test_necessity_is_read_at_the_first_circuit_that_reaches_the_level():
+    found = made([0.0, 0.6, 0.95], [1, 10, 100])
+    assert found.necessity_at(0.5) is None  # no complements were run
+    found = replace(found, without=np.array([[0.9], [0.7], [0.2]]))
+    assert [found.necessity_at(level) for level in (0.5, 0.9, 0.99)] == [pytest.approx(0.3), pytest.approx(0.8), None]
+
+
+@pytest.mark.matches
 def test_areas_are_those_of_triangles():
     found = made([0.0, 1.0], [0, 100], full=3.0, empty=1.0)
     assert found.explained.tolist() == [-0.5, 0.0]
@@ -97,8 +106,6 @@ def test_a_curve_survives_json(wired):
 
 @pytest.mark.survives
 def test_prompts_that_do_not_differ_have_no_explained_effect(wired):
-    from dataclasses import replace
-
     wiring, prompts = wired("gpt2"), random_prompts()
     same = replace(prompts, corrupt=prompts.clean)
     with pytest.raises(RecipeError, match="explained effect"):

@@ -8,7 +8,7 @@ from test_graph import GPT2_SMALL, graphs
 
 from fewedges.errors import RecipeError
 from fewedges.explain.graph import Graph
-from fewedges.explain.select import budget_grid, mib_budgets, nested, prune, ranking
+from fewedges.explain.select import budget_grid, mib_budgets, nested, node_circuits, prune, ranking
 
 HOWS = ["absolute", "signed", "greedy", "greedy-signed", "random"]
 
@@ -60,6 +60,19 @@ def test_pruning_keeps_exactly_the_edges_on_a_path_from_input_to_logits(graph, s
     assert [tuple(edge) for edge in np.argwhere(prune(graph, mask))] == expected
 
 
+@pytest.mark.stays
+@given(graphs(), st.integers(0, 99), st.sampled_from(["absolute", "signed", "random"]))
+def test_node_circuits_are_nested_hold_the_best_nodes_and_end_in_the_graph(graph, seed, how):
+    scores = np.random.default_rng(seed).normal(size=graph.sources)
+    masks = node_circuits(graph, scores, how, 5, seed)
+    assert (masks[1:] >= masks[:-1]).all()
+    assert np.array_equal(masks[-1], graph.real)
+    worth = np.abs(scores) if how == "absolute" else scores
+    used = masks[0].any(1)[1:].nonzero()[0] + 1  # the smallest circuit: the input and one node
+    assert len(used) <= 1
+    assert how == "random" or all(worth[j] == worth[1:].max() for j in used)
+
+
 @pytest.mark.says
 def test_budgets_are_log_spaced_and_those_of_mib_are_its_percentages():
     graph = Graph(**GPT2_SMALL)
@@ -77,6 +90,9 @@ def test_bad_rankings_and_budgets_are_refused():
     for scores, how in [(good, "best"), (good[1:], "signed"), (good + np.nan, "signed")]:
         with pytest.raises(RecipeError, match="ranking"):
             ranking(graph, scores, how)
+    for how, nodes in (("greedy", np.zeros(graph.sources)), ("signed", np.zeros(1))):
+        with pytest.raises(RecipeError, match="node circuits"):
+            node_circuits(graph, nodes, how)
     with pytest.raises(RecipeError, match="budgets"):
         nested(graph, ranking(graph, good), [graph.edges + 1])
     with pytest.raises(RecipeError, match="budget grid"):

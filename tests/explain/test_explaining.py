@@ -36,6 +36,19 @@ def test_the_json_has_the_keys_scripts_of_others_rely_on(found):
     assert "not reached" not in str(found).splitlines()[2]
 
 
+@pytest.mark.says
+def test_necessity_and_the_best_nodes_are_reported(found):
+    at, sparse = found.to_dict()["at"], found.curves["sparse"]
+    assert at["sparse"]["necessity"] == {str(x): sparse.necessity_at(x) for x in (0.5, 0.8, 0.9, 0.95)}
+    assert at["sparse, random"]["necessity"] is None  # complements are run for models, not for controls
+    text = str(found)
+    assert text.count("effect lost without them") == 3
+    assert f"{sparse.necessity_at(0.9):.2f}" in text
+    best = max(found.rankings["sparse"]["nodes"].items(), key=lambda one: abs(one[1]))
+    assert f"sparse: {best[0]} {best[1]:+.2f}" in text
+    assert f"{found.rankings['sparse']['stays']:.0%} of its edges at 0.9 stay" in text
+
+
 @pytest.mark.matches
 def test_every_model_and_control_has_a_curve_from_empty_to_full(found):
     assert set(found.curves) == {

@@ -94,3 +94,34 @@ def test_a_head_without_open_gates_has_no_effect():
     pairs = [(row, i) for i in np.flatnonzero(graph.real[row])]
     assert np.abs(edge_effects(wiring, prompts, pairs)).max() < 1e-15
     assert np.abs(attribute(wiring, prompts).edges[row]).max() == 0
+
+
+def incompleteness(wiring, prompts, steps, *, through=False):
+    """How far the scores out of the input are from the effect of the corrupt prompt: worst prompt, largest effect 1."""
+    found = evaluate(wiring, prompts, wiring.graph.real[None])
+    options = {"gate_pass": GatePass(straight_through=True)} if through else None
+    total = attribute(wiring, prompts, steps=steps, options=options).per_prompt[:, 0].sum(1)
+    effect = found.full - found.empty
+    return np.abs(total - effect).max() / np.abs(effect).max()
+
+
+@pytest.mark.matches
+def test_integration_completes_on_a_trained_model_and_misses_the_jumps_of_its_gates(addition):
+    """A gate opens in one step, and a jump has no gradient: more steps do not close the gap (docs/circuits.md)."""
+    from fewedges.explain.tasks import prompts_for
+    from fewedges.sparsify.attention.result import gates_only
+
+    prompts = prompts_for("addition", addition.tokenizer, 32)
+    plain = wire(addition.model, addition.anatomy)
+    assert incompleteness(plain, prompts, 64) < 0.004  # measured: 0.001
+    wiring = wire(gates_only(addition, 0.0).model, addition.anatomy)
+    assert incompleteness(wiring, prompts, 64) == pytest.approx(0.096, abs=0.01)
+    assert incompleteness(wiring, prompts, 64, through=True) == pytest.approx(0.083, abs=0.01)
+
+
+@pytest.mark.matches
+def test_on_a_tiny_gated_model_the_gap_is_large_and_no_error_of_integration():
+    wiring, prompts = gated("gpt2"), random_prompts(8)
+    assert incompleteness(wiring, prompts, 64) == pytest.approx(0.371, abs=0.02)
+    assert incompleteness(wiring, prompts, 16) == pytest.approx(0.371, abs=0.05)
+    assert incompleteness(wiring, prompts, 64, through=True) == pytest.approx(0.296, abs=0.02)

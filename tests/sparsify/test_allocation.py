@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewedges.errors import RecipeError
-from fewedges.sparsify.allocation import by_cost, erk, uniform
+from fewedges.sparsify.allocation import by_cost, erk, prices, shares, uniform
 
 GPT2 = {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6).map(
@@ -91,3 +91,26 @@ def test_cost_minimises_what_it_says():
 def test_nothing_to_share_is_refused(shapes_, density):
     with pytest.raises(RecipeError):
         erk(shapes_, density)
+
+
+@pytest.mark.matches
+def test_a_rule_by_its_name():
+    assert shares("uniform", GPT2, 0.3) == uniform(GPT2, 0.3)
+    assert shares("erk", GPT2, 0.3) == erk(GPT2, 0.3)
+    cost = {"qkv": 1.0, "out": 1.0, "up": 0.5, "down": 4.0}
+    assert prices(GPT2, ("up=0.5", "down=2", "wn=4")) == cost
+    assert shares("cost", GPT2, 0.3, ("up=.5", "down=4")) == by_cost(GPT2, 0.3, cost)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("price", ["side=2", "=2", "up", "up=0", "up=-1", "up=dear", "up=nan"])
+def test_a_price_of_nothing_or_no_price_is_refused(price):
+    with pytest.raises(RecipeError, match="price"):
+        shares("cost", GPT2, 0.3, (price,))
+
+
+@pytest.mark.survives
+def test_prices_come_with_the_rule_that_reads_them():
+    for rule, price in (("cost", ()), ("erk", ("up=2",))):
+        with pytest.raises(RecipeError, match="price"):
+            shares(rule, GPT2, 0.3, price)

@@ -1,15 +1,24 @@
 """What calibration measures is what a whole forward pass of the pruned model would show, in every family."""
 
 import copy
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from fewedges.errors import ModelError, RecipeError
+from fewedges.model.anatomy import anatomy
+from fewedges.model.loading import Loaded
 from fewedges.sparsify import calibration
 from fewedges.sparsify.calibration import Inputs, calibrated
 from fewedges.sparsify.matrices import blocks_of, chosen, matrices_of, write_
-from tiny import SUPPORTED, NoiseBatches, tiny_loaded, tiny_model
+from fewedges.sparsify.obs import Factor
+from fewedges.sparsify.pruning import prune_
+from fewedges.weight_recipes import Prune
+from tiny import SUPPORTED, NoiseBatches, configs, tiny_loaded, tiny_model
 
 
 def tokens(windows=5, length=12):
@@ -90,6 +99,67 @@ def test_micro_batches_change_rounding_only_and_hooks_and_gradients_are_left_beh
         assert torch.is_grad_enabled()
     for a, b in zip(sums[0], sums[1], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes at any time of tensors that were made since (each piece of storage once)."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = weakref.WeakValueDictionary(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.made |= {id(x): x for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        pieces = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.made.values()}
+        self.most = max(self.most, sum(pieces.values()))
+        return out
+
+
+def most_in_use(layers, windows, gram):
+    """The most bytes of tensors beside the model's at any time of a walk over so many blocks."""
+    given, loaded = tokens(windows, length=33), deep(layers)
+    with Alive() as alive:
+        for _ in calibrated(loaded, given, gram=gram, micro_batch=2):
+            pass
+    return alive.most
+
+
+def deep(layers):
+    """A tiny model of so many blocks."""
+    config = configs()["llama"]
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return Loaded(name="tiny", model=model, tokenizer=None, anatomy=anatomy(model))
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("windows", [1, 8])
+@pytest.mark.parametrize("gram", [False, True])
+def test_memory_is_that_of_one_block_and_one_set_of_hidden_states_however_many_blocks(windows, gram):
+    small, large = most_in_use(2, windows, gram), most_in_use(6, windows, gram)
+    assert small > 4 * windows * 33 * 32  # 4 N T D bytes of hidden states
+    assert large == small
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize(("method", "kind"), [("wanda", Inputs), ("sparsegpt", Inputs), ("sparsegpt", Factor)])
+def test_pruning_holds_the_statistics_of_one_block_at_a_time(monkeypatch, method, kind):
+    most, begin = [], kind.__init__
+    for layers in (2, 6):
+        living, counts = weakref.WeakSet(), []
+
+        def count(self, *args, living=living, counts=counts, **options):
+            begin(self, *args, **options)
+            living.add(self)
+            counts.append(len(living))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__init__", count)
+            prune_(deep(layers), Prune(method=method, calibration_windows=5, context_length=12), tokens())
+        most.append(max(counts))
+        assert len(counts) == 4 * layers
+    assert most == [4, 4]  # of q k v, of o, of gate and up, of down
 
 
 @pytest.mark.stays

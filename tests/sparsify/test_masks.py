@@ -1,5 +1,7 @@
 """Masks through training, LoRA and storage; a lost zero is an error."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from fewedges.errors import ModelError, StoreError
 from fewedges.sparsify.masks import Masks, held, merge_masked, pack_bits, refuse_dense_merge_, unpack_bits
 from fewedges.sparsify.matrices import matrices_of
-from fewedges.sparsify.pattern import Pattern
+from fewedges.sparsify.pattern import NM, Blocks, Pattern
 from fewedges.sparsify.pruning import prune_
 from fewedges.weight_recipes import Prune
 from tiny import NoiseBatches, tiny_loaded
@@ -21,6 +23,14 @@ OPTIMIZERS = {
 
 def pruned(name="llama"):
     return prune_(tiny_loaded(name), Prune(method="magnitude", density=0.4))
+
+
+def with_adapters(model, **options):
+    from peft import LoraConfig, get_peft_model
+
+    flipped = model.config.model_type == "gpt2"
+    settings = {"target_modules": "all-linear", "fan_in_fan_out": flipped, "init_lora_weights": False, **options}
+    return get_peft_model(model, LoraConfig(r=4, **settings))
 
 
 def train(model, optimizer, steps=3):
@@ -118,11 +128,8 @@ def test_not_a_number_is_no_zero_and_a_foreign_model_is_refused():
 @pytest.mark.stays
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_lora_merges_into_the_mask_or_not_at_all(name):
-    from peft import LoraConfig, get_peft_model
-
     result = pruned(name)
-    config = LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=name == "gpt2", init_lora_weights=False)
-    adapted = get_peft_model(result.model, config)
+    adapted = with_adapters(result.model)
     refuse_dense_merge_(adapted)
     for merge in (adapted.merge_and_unload, adapted.merge_adapter, adapted.base_model.merge_and_unload):
         with pytest.raises(ModelError, match="has no zeros"):
@@ -137,6 +144,75 @@ def test_lora_merges_into_the_mask_or_not_at_all(name):
     torch.testing.assert_close(merged.get_submodule(path).weight, (weight + delta) * stored, rtol=0, atol=1e-6)
     assert (delta * ~stored).abs().max() > 0.01
     result.masks.check(merged)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_that_runs_with_adapters_refuses_by_itself_to_merge_them_densely(name):
+    result = pruned(name)
+    adapted = with_adapters(result.model)
+    adapted(input_ids=NoiseBatches().at(0, 2).tokens)
+    for merge in (adapted.merge_and_unload, adapted.merge_adapter, adapted.base_model.merge_and_unload):
+        with pytest.raises(ModelError, match=r"has no zeros.*sparsify.masks.merge_masked\(adapted, pruned.masks\)"):
+            merge()
+    merged = merge_masked(adapted, result.masks)
+    merged(NoiseBatches().at(0, 2).tokens)
+    result.check()
+    assert merged is result.model
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_merge_that_nobody_saw_is_noticed_before_the_next_forward_pass_and_save(how, copied, tmp_path):
+    result = pruned()
+    model = copy.deepcopy(result.model) if copied else result.model
+    adapted = with_adapters(model, target_modules=["up_proj"], layers_to_transform=[1])
+    getattr(adapted, how)()
+    with pytest.raises(ModelError, match=r"zeros of 1 matrices are lost.*layers.1.mlp.up_proj"):
+        model(NoiseBatches().at(0, 2).tokens)
+    with pytest.raises(ModelError, match="zeros of 1 matrices are lost"):
+        model.save_pretrained(tmp_path)
+    if copied:
+        result.check()
+        result.model(NoiseBatches().at(0, 2).tokens)
+
+
+@pytest.mark.stays
+def test_masks_that_move_in_training_are_the_ones_watched_afterwards():
+    result = pruned()
+    model = result.model.requires_grad_(True)
+    tokens = NoiseBatches().at(0, 2).tokens
+    with held(model, result.masks) as guard:
+        for path, matrix in guard.matrices.items():
+            guard.kept[path] = ~guard.kept[path]
+            matrix.weight.copy_(guard.kept[path])
+        with torch.no_grad():
+            model(tokens)  # as an evaluation in the middle does
+        model.state_dict()
+    model.requires_grad_(False)
+    model(tokens)
+    matrix.weight.fill_(1.0)
+    with pytest.raises(ModelError, match="zeros of 1 matrices"):
+        model(tokens)
+
+
+@pytest.mark.stays
+def test_masks_come_back_with_their_kinds_and_without_kinds_as_plain_ones():
+    mask = torch.tensor([True, False, False, True]).repeat(8, 3)
+    masks = Masks({"a": NM(mask, 2, 4), "b": Blocks(torch.eye(3, dtype=torch.bool), 4, 2), "c": Pattern(mask)})
+    shapes = {name: pattern.shape for name, pattern in masks.patterns.items()}
+    again = Masks.from_tensors(masks.tensors(), shapes, masks.kinds())
+    assert again.kinds() == {"a": "2:4", "b": "4x2", "c": "unstructured"}
+    old = Masks.from_tensors(masks.tensors(), shapes)
+    assert set(old.kinds().values()) == {"unstructured"}
+    for name, pattern in masks.patterns.items():
+        assert torch.equal(again.patterns[name].mask(), pattern.mask())
+        assert torch.equal(old.patterns[name].mask(), pattern.mask())
+        assert again.patterns[name].bytes() == pattern.bytes()
+    for wrong in ("1:4", "2x2", "dense", "5:7"):
+        with pytest.raises(StoreError, match="load the mask of a"):
+            Masks.from_tensors(masks.tensors(), shapes, {"a": wrong})
 
 
 @pytest.mark.stays

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewedges.errors import RecipeError
-from fewedges.sparsify.pattern import NM, Blocks, Pattern, dense
+from fewedges.sparsify.pattern import NM, Blocks, Pattern, dense, of_kind, of_kind_if_so
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 
@@ -110,6 +110,33 @@ def test_bytes_of_each_kind_by_hand():
     assert nm.bytes(torch.bfloat16) == 256 * 2 + 256 * 2 // 8  # 9/16 of dense
     assert nm.bytes(4) == 128 + 64
     assert dense((8, 64)).bytes(torch.float32) == 8 * 64 * 4
+
+
+PATTERNS = {
+    "unstructured": lambda: Pattern(random_mask((8, 12), 0.4, seed=1)),
+    "2:4": lambda: NM(torch.tensor([True, False, False, True]).repeat(8, 3), 2, 4),
+    "4x3": lambda: Blocks(random_mask((2, 4), 0.5, seed=2), 4, 3),
+    "dense": lambda: dense((8, 12)),
+}
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_a_mask_and_its_kind_are_the_pattern(kind):
+    pattern = PATTERNS[kind]()
+    again = of_kind(pattern.mask(), pattern.kind)
+    assert (pattern.kind, type(again)) == (kind, type(pattern))
+    assert torch.equal(again.mask(), pattern.mask())
+    assert again.bytes() == pattern.bytes()
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("kind", ["2:4", "4x3", "5x5", "dense", "3:5", "channel"])
+def test_a_mask_that_is_not_of_its_kind_is_refused(kind):
+    mask = random_mask((8, 12), 0.6, seed=1)
+    with pytest.raises(RecipeError):
+        of_kind(mask, kind)
+    assert type(of_kind_if_so(mask, kind)) is Pattern
 
 
 @pytest.mark.survives

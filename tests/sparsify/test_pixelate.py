@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fewedges import store
@@ -54,8 +54,9 @@ def test_it_computes_what_the_dense_model_does_with_the_matrices_it_says(name, s
     for path, matrix in matrices_of(dense).items():
         matrix.weight.copy_(layers[path].weight.detach())
     wanted = logits(dense.model, given)
-    assert (logits(loaded.model, given) - wanted).abs().max() <= 3e-6 * wanted.abs().max()  # measured 7.5e-7
-    assert result.density <= 0.4 * 1.02
+    assert (logits(loaded.model, given) - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # measured 3.1e-6
+    assert result.density <= 0.4
+    assert result.rank_share > 0
     stored = sum(p.numel() for m in layers.values() for n, p in m.named_parameters() if n not in ("bias", "gamma"))
     assert stored == pytest.approx(result.density * sum(r * c for r, c in result.shapes.values()), abs=1e-6)
 
@@ -83,7 +84,7 @@ def test_scratch_draws_as_spread_as_the_old_weights_and_keeps_biases():
         pixelate_(model, 0.4, start="scratch", block=2)
         new, was = model.transformer.h[0].mlp.c_fc, old.transformer.h[0].mlp.c_fc
         ratios.append((new(x) - new.bias).var() / (x @ was.weight).var())
-    assert float(torch.stack(ratios).mean()) == pytest.approx(1, abs=0.05)  # measured .986
+    assert float(torch.stack(ratios).mean()) == pytest.approx(1, abs=0.05)  # measured 1.025
     assert torch.equal(model.transformer.h[0].attn.c_attn.bias, old.transformer.h[0].attn.c_attn.bias)
     assert not any(p.requires_grad for p in model.parameters())  # as the old ones
     trained = tiny_model("gpt2").requires_grad_(True)
@@ -139,7 +140,7 @@ def test_a_folder_that_does_not_fit_leaves_the_model_alone(tmp_path):
 def test_the_kernel_reaches_every_layer(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loaded, given = tiny_loaded("llama"), NoiseBatches().at(0, 2).tokens
-    pixelate_(loaded, 0.4, block=4, tokens=given, kernel="triton")
+    pixelate_(loaded, 0.4, rank_share=0, block=4, tokens=given, kernel="triton")
     layers = [m for m in loaded.model.modules() if isinstance(m, PixelatedLinear)]
     assert {layer.kernel for layer in layers} == {"triton"}
     with pytest.raises(ModelError, match="not on a GPU"):
@@ -164,7 +165,7 @@ def test_inputs_help_and_distillation_recovers():
     pixelate_(blind, 0.4, block=2)
     pixelate_(aware, 0.4, block=2, tokens=torch.cat(given[:8]))
     pixelate_(drawn, 0.4, block=2, start="scratch")
-    assert distance(aware.model) < distance(blind.model) < distance(drawn.model)  # measured .31 < .34 < .42 nats
+    assert distance(aware.model) < distance(blind.model) < distance(drawn.model)  # measured .26 < .33 < .42 nats
     student = aware.model.requires_grad_(True)
     before, optimizer = distance(student), torch.optim.Adam(student.parameters(), 3e-3)
     for tokens in given[:60]:
@@ -172,40 +173,73 @@ def test_inputs_help_and_distillation_recovers():
         losses(out, logits(dense, tokens), tokens, torch.ones_like(tokens, dtype=torch.bool)).objective.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert distance(student) < 0.6 * before  # measured .125 of .309
+    assert distance(student) < 0.6 * before  # measured .119 of .259
 
 
 @pytest.mark.matches
 def test_plans_of_published_shapes():
-    assert plan_for(GPT2["medium"], 0.2) == Plan(16, 1, 64)
+    assert plan_for(GPT2["medium"], 0.2) == Plan(16, 1, 56)
     assert plan_for((11008, 4096), 0.19) == Plan(16, 1, 192)
-    assert plan_for(GPT2["medium"], 0.26) == Plan(16, 2, 32)  # the density of the public configuration, .227
+    assert plan_for(GPT2["medium"], 0.26) == Plan(16, 2, 56)  # the density of the public configuration, .227
     small = plan_for(GPT2["small"], 0.2)
-    assert (small.grid, small.factors, small.rank % 16) == (16, 1, 0)  # 768 = 3 * 256: cells of 48, multiples of 16
+    assert small == Plan(16, 1, 40)  # 768 = 3 * 256: cells of 48, multiples of 16
     assert plan_for(GPT2["medium"], 0.2, rank_share=0).rank == 0
 
 
-@pytest.mark.stays
-@given(
-    st.tuples(st.sampled_from([64, 192, 576, 768, 1024, 1536]), st.sampled_from([64, 192, 576, 768, 1024, 1536])),
-    st.floats(0.1, 1),
-    st.floats(0.05, 0.5),
+@pytest.mark.matches
+@pytest.mark.parametrize(
+    ("shape", "density", "wanted", "spent"),
+    [
+        ((1024, 1024), 0.05, Plan(64, 1, 8), 0.9375),
+        ((1024, 1024), 0.10, Plan(32, 1, 16), 0.9375),
+        ((1024, 1024), 0.15, Plan(32, 2, 24), 0.9375),
+        ((2048, 2048), 0.05, Plan(64, 1, 16), 0.9375),
+        ((64, 64), 0.5, Plan(8, 2, 4), 1),
+        ((256, 64), 0.5, Plan(8, 2, 6), 0.984375),
+    ],
 )
-def test_a_plan_keeps_its_budget_and_its_share_and_nothing_denser_fits(shape, density, rank_share):
-    plan = plan_for(shape, density, rank_share)
+def test_what_the_butterfly_leaves_goes_to_the_low_rank(shape, density, wanted, spent):
+    """Shapes at which a rank in whole blocks of 32 was 0, and .62 or .75 of the budget spent."""
+    plan = plan_for(shape, density)
+    assert plan == wanted
+    assert plan.density(*shape) == pytest.approx(spent * density, abs=1e-12)
+
+
+SIDES = st.sampled_from([64, 192, 256, 576, 768, 1024, 1536, 2048, 4096, 11008])
+
+
+@pytest.mark.stays
+@given(st.tuples(SIDES, SIDES), st.floats(0.05, 1), st.floats(0.05, 0.5), st.sampled_from([2, 4, 8, 16, 32, 64]))
+def test_a_plan_keeps_its_budget_and_its_share_and_nothing_denser_fits(shape, density, rank_share, block):
+    (rows, columns), budget = shape, density * shape[0] * shape[1]
+    assume((1 - rank_share) * density >= 2 / 64)  # the sparsest butterfly of 64 x 64
+    plan = plan_for(shape, density, rank_share, block)
     sparse = (1 + plan.factors) / plan.grid
-    assert plan.density(*shape) <= 1.02 * density + 1e-9
+    assert plan.density(*shape) <= density + 1e-12
     assert sparse <= (1 - rank_share) * density + 1e-9
-    assert shape[0] % plan.grid == shape[1] % plan.grid == 0
-    height, width = shape[0] // plan.grid, shape[1] // plan.grid
-    block = next(b for b in (32, 16, 8, 4, 2, 1) if height % b == width % b == 0)
-    better = [
-        (1 + k) / g
-        for g in (2, 4, 8, 16, 32, 64)
-        for k in range(1, g.bit_length())
-        if shape[0] % (g * block) == shape[1] % (g * block) == 0 and (1 + k) / g <= (1 - rank_share) * density + 1e-12
-    ]
-    assert max(better) == sparse
+    assert rows % plan.grid == columns % plan.grid == 0
+    height, width = rows // plan.grid, columns // plan.grid
+    cells = block
+    while height % cells or width % cells:
+        cells //= 2
+    grids = [2**power for power in range(1, 12) if rows % (2**power * cells) == columns % (2**power * cells) == 0]
+    every = [(1 + k) / g for g in grids for k in range(1, g.bit_length())]
+    assert max(x for x in every if x <= (1 - rank_share) * density + 1e-12) == sparse
+    whole = 2 * cells  # a block twice as large allows no plan, or the plan has it
+    larger = [2**power for power in range(1, 12) if rows % (2**power * whole) == columns % (2**power * whole) == 0]
+    denser = [(1 + k) / g for g in larger for k in range(1, g.bit_length())]
+    assert cells == block or not [x for x in denser if x <= (1 - rank_share) * density + 1e-12]
+    step = min(8, cells) if plan.rank % min(8, cells) == 0 and plan.rank else 1
+    assert budget - plan.parameters(rows, columns) < step * (rows + columns) * (1 + 1e-9)  # measured: up to .997 of it
+    assert plan.rank > 0 or rank_share * budget < rows + columns
+
+
+@pytest.mark.stays
+@given(st.tuples(SIDES.filter(lambda side: side >= 576), SIDES.filter(lambda side: side >= 576)), st.floats(0.05, 1))
+def test_a_wide_layer_spends_most_of_its_density(shape, density):
+    """Every .0005 from .05: .756 of it at worst (1024 x 1024 at .062), .984 in the mean; sides from 2048: .86, .993."""
+    spent = plan_for(shape, density).density(*shape) / density
+    assert 0.72 < spent <= 1 + 1e-9
 
 
 @pytest.mark.matches
@@ -250,5 +284,5 @@ def test_the_result_says_what_was_done():
     assert "largest projection error" in str(result)
     row = result.rows()[0]
     assert (row["name"], row["shape"], row["cell"]) == ("transformer.h.0.attn.c_attn", (96, 32), (12, 4))
-    assert row["density"] <= 0.408
+    assert row["density"] <= 0.4
     assert "dense" not in str(pixelate_(tiny_loaded("llama"), 0.3, start="scratch")).replace("density", "")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fewedges as fe
 from fewedges import store
 from fewedges.data.addition import Sums
 from fewedges.errors import ModelError, StoreError
+from fewedges.sparsify import masks
 from fewedges.sparsify.matrices import matrices_of
 from fewedges.sparsify.pruned import begin, load_pruned
 from fewedges.sparsify.pruning import prune_
@@ -24,6 +26,7 @@ RECIPES = {
     "joint": [Prune(method="sparsegpt", structure="2:4", bits=4, group_size=32, calibration_windows=8)],
     "prune-then-round": [Prune(method="magnitude", density=0.3), Quantize(bits=8)],
     "round": [Quantize(bits=4)],
+    "blocks": [Prune(method="sparsegpt", structure="8x8", density=0.25, calibration_windows=8)],
     "channel": [Prune(method="magnitude", structure="channel", density=0.5), Prune(method="magnitude", density=0.5)],
 }
 
@@ -49,6 +52,8 @@ def test_what_is_loaded_is_what_was_saved(addition, tmp_path, name):
     assert again.stages == tuple(RECIPES[name])
     assert again.data == json.loads(json.dumps(result.data))
     assert again.masks.nnz == result.masks.nnz
+    assert again.masks.kinds() == result.masks.kinds()
+    assert {row["name"]: row for row in again.rows()} == {row["name"]: row for row in result.rows()}
     assert str(again) == str(result)
     assert {n: r.bits for n, r in again.rounded.items()} == {n: r.bits for n, r in result.rounded.items()}
     twice = load_pruned(again.save(tmp_path / "again"))
@@ -108,7 +113,7 @@ def test_a_lost_zero_cannot_be_saved(addition, tmp_path, how):
     result = made(addition, "wanda")
     next(iter(result.masks.matrices(result.model).values())).weight.add_(1e-3)
     with pytest.raises(ModelError, match="zeros of 1 matrices are lost"):
-        getattr(result, how)(tmp_path / "run")
+        getattr(result, how)(str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -133,6 +138,87 @@ def test_another_base_or_a_damaged_folder_is_refused(addition, tmp_path, monkeyp
 
 
 @pytest.mark.stays
+def test_a_run_saved_before_kinds_were_kept_is_read_and_a_mask_of_another_kind_is_not(addition, tmp_path):
+    result = made(addition, "wanda")
+    folder = result.save(tmp_path)
+    saved = store.load(folder)
+    kinds = saved.facts.pop("kinds")
+    assert set(kinds.values()) == {"2:4"}
+    store.save(folder, saved.kind, saved.tensors, saved.facts)
+    old = load_pruned(folder)
+    assert same(old.model, result.model)
+    assert set(old.masks.kinds().values()) == {"unstructured"}
+    for wrong in ("1:4", "8x8", "dense"):
+        store.save(folder, saved.kind, saved.tensors, {**saved.facts, "kinds": {**kinds, next(iter(kinds)): wrong}})
+        with pytest.raises(StoreError, match="load the mask of transformer"):
+            load_pruned(folder)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("how", ["save", "export", "push_to_hub"])
+def test_with_adapters_on_nothing_is_saved_or_measured(addition, tmp_path, how):
+    from peft import LoraConfig, get_peft_model
+
+    result = made(addition, "wanda")
+    adapted = get_peft_model(result.model, LoraConfig(r=2, fan_in_fan_out=True, target_modules=["c_attn"]))
+    with pytest.raises(ModelError, match=r"carries adapters.*sparsify.masks.merge_masked\(adapted, pruned.masks\)"):
+        getattr(result, how)(str(tmp_path / "run"))
+    with pytest.raises(ModelError, match="carries adapters"):
+        fe.measure(result)
+    assert not (tmp_path / "run").exists()
+    masks.merge_masked(adapted, result.masks)
+    assert same(load_pruned(result.save(tmp_path / "run")).model, result.model)
+    whole = made(addition, "round")  # no mask to lose
+    get_peft_model(whole.model, LoraConfig(r=2, fan_in_fan_out=True, target_modules=["c_attn"]))
+    with pytest.raises(ModelError, match="carries adapters"):
+        getattr(whole, how)(str(tmp_path / "whole"))
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("how", ["save", "export", "push_to_hub", "measure"])
+def test_zeros_lost_in_a_dense_merge_are_noticed_wherever_the_result_leaves(addition, tmp_path, how):
+    from peft import LoraConfig, get_peft_model
+
+    result = made(addition, "wanda")
+    options = {"fan_in_fan_out": True, "target_modules": ["c_attn"], "init_lora_weights": False}
+    get_peft_model(result.model, LoraConfig(r=2, **options)).merge_and_unload()
+    with pytest.raises(ModelError, match="zeros of 4 matrices are lost"):
+        fe.measure(result) if how == "measure" else getattr(result, how)(str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("name", ["wanda", "blocks", "channel"])
+def test_what_is_pushed_loads_in_plain_transformers_and_as_the_result_that_it_is(addition, tmp_path, monkeypatch, name):
+    import huggingface_hub
+
+    calls, hub = [], tmp_path / "hub"
+
+    class Hub:
+        def create_repo(self, repository, **options):
+            calls.append((repository, options))
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls.append(repo_id)
+            shutil.copytree(folder_path, hub)
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    result, given = made(addition, name), Sums().at(9, 4).tokens
+    assert result.push_to_hub("me/pruned") == "https://huggingface.co/me/pruned"
+    assert calls == [("me/pruned", {"private": True, "exist_ok": True}), "me/pruned"]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(hub, dtype=torch.float32)
+    assert torch.equal(plain(given).logits, result.model(given).logits)
+    result.masks.check(plain)
+    again = fe.load(hub)
+    assert isinstance(again, fe.Pruned)
+    assert same(again.model, result.model)
+    assert again.masks.kinds() == result.masks.kinds()
+    assert all(torch.equal(again.masks.patterns[n].mask(), p.mask()) for n, p in result.masks.patterns.items())
+    assert str(again) == str(result)
+
+
+@pytest.mark.stays
 def test_a_row_for_every_matrix_adds_up(addition):
     result = made(addition, "wanda")
     rows = result.rows()
@@ -148,5 +234,7 @@ def test_a_result_says_what_it_is(addition):
     assert str(made(addition, "prune-then-round")) == (
         "addition: prune, then quantize; density 0.3000 of 196,608 weights, 8 bits"
     )
-    assert str(begin(addition)).startswith("addition: untouched; density 1.0000")
+    assert str(begin(addition)) == "addition: untouched"
+    shrunk = prune_(addition, Prune(method="magnitude", structure="channel"))  # makes a smaller one, this is left alone
+    assert str(shrunk) == "addition: prune; n_inner 128"
     assert made(addition, "wanda")._repr_html_().startswith("<pre>addition: prune")

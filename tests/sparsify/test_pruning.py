@@ -58,6 +58,19 @@ def test_every_method_takes_every_granularity(method, structure):
             cells = zero.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))
             assert torch.equal(cells.all(-1).all(-2), cells.any(-1).any(-2))
         assert torch.equal(zero, ~result.masks.patterns[path].mask())
+        assert result.masks.patterns[path].kind == structure
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_second_stage_keeps_the_structure_where_the_mask_still_has_it(method):
+    stages = {"8x8": [("8x8", 0.5), ("8x8", 0.25)], "2:4": [("unstructured", 0.9), ("2:4", 0.5)]}
+    stages["unstructured"] = [("unstructured", 0.5), ("8x8", 0.5)]
+    for kind, pair in stages.items():
+        result = tiny_loaded("gpt2")
+        for structure, density in pair:
+            result = prune_(result, Prune(method=method, structure=structure, density=density, **SMALL), NOISE)
+        assert set(result.masks.kinds().values()) == {kind}
 
 
 @pytest.mark.matches

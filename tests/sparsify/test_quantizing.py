@@ -1,10 +1,13 @@
 """Quantised models: zeros and bytes, after pruning and in one sweep with it; torchao beside the plain reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fewedges.errors import ModelError, RecipeError
-from fewedges.sparsify.matrices import matrices_of
+from fewedges.measure.ledger import control, ledger
+from fewedges.sparsify.matrices import bytes_of, matrices_of
 from fewedges.sparsify.pruning import prune_
 from fewedges.sparsify.quantizing import quantize_
 from fewedges.sparsify.rounding import rounded
@@ -66,6 +69,81 @@ def test_sparsegpt_rounds_in_its_sweep_or_after_it(structure):
     assert 0 < (weights["joint"] != weights["after"]).float().mean() < 1
 
 
+class Coded(torch.Tensor):
+    """A tensor made of others, as torchao's are: it looks like float32 and holds codes and scales."""
+
+    @staticmethod
+    def __new__(cls, codes, scales):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scales.dtype)
+
+    def __init__(self, codes, scales):
+        self.codes, self.scales = codes, scales
+
+    def __tensor_flatten__(self):
+        return ["codes", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, _, __, ___):
+        return cls(parts["codes"], parts["scales"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        a = args[0]
+        if function is torch.ops.aten.detach.default:
+            return cls(a.codes, a.scales)
+        raise NotImplementedError(function)
+
+    def dequantize(self, *_):
+        return self.codes * self.scales
+
+
+class Silent(torch.Tensor):
+    """A tensor of another kind that does not say what it holds."""
+
+
+def coded(matrix):
+    code = rounded(matrix.weight, 8)
+    return torch.nn.Parameter(Coded(code.codes, code.scales), requires_grad=False)
+
+
+@pytest.mark.matches
+def test_bytes_of_a_tensor_made_of_others_are_theirs():
+    codes, scales = torch.zeros(6, 4, dtype=torch.int8), torch.ones(6, 1)
+    assert bytes_of(torch.zeros(6, 4)) == 96
+    assert bytes_of(torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))) == 48
+    assert bytes_of(Coded(codes, scales)) == 24 + 6 * 4
+    assert bytes_of(Coded(Coded(codes, scales), scales)) == 24 + 2 * 6 * 4
+    assert bytes_of(torch.zeros(6, 4).as_subclass(Silent)) is None
+    assert bytes_of(Coded(codes.as_subclass(Silent), scales)) is None
+
+
+@pytest.mark.matches
+def test_the_ledger_counts_codes_and_scales_as_they_lie_in_memory_and_sees_a_lost_zero():
+    result = prune_(tiny_loaded(), Prune(method="magnitude"))
+    for matrix in matrices_of(result.loaded).values():
+        matrix.module.weight = coded(matrix)
+    run = replace(result, backend="torchao")
+    assert all(row["bytes"] == row["parameters"] + 4 * row["shape"][0] for row in run.rows())
+    rest = sum(p.numel() * 4 for n, p in run.model.named_parameters() if not n.endswith("_proj.weight"))
+    sizes = ledger(run).models["sparse"]
+    assert sizes["model_bytes"] - sizes["bytes"] == rest
+    matrix.parameter.codes.fill_(1)
+    with pytest.raises(ModelError, match="zeros of 1 matrices are lost"):
+        ledger(run)
+
+
+@pytest.mark.says
+def test_bytes_that_cannot_be_told_are_said_to_be_unknown():
+    result = prune_(tiny_loaded(), Prune(method="magnitude"))
+    matrix = next(iter(matrices_of(result.loaded).values()))
+    matrix.module.weight = torch.nn.Parameter(matrix.weight.as_subclass(Silent), requires_grad=False)
+    found = ledger(replace(result, backend="torchao"))
+    assert [row["bytes"] is None for row in found.matrices] == [True] + [False] * 13
+    assert found.total()["bytes"] is found.models["sparse"]["bytes"] is found.models["sparse"]["model_bytes"] is None
+    lines = str(found).splitlines()
+    assert [lines[at].endswith("| unknown |") for at in (2, 3, 16)] == [True, False, True]  # a matrix, another, all
+
+
 @pytest.mark.survives
 def test_torchao_is_asked_for_by_name_and_refuses_what_it_cannot():
     with pytest.raises(ModelError, match=r"is no nn.Linear"):
@@ -94,5 +172,20 @@ def test_torchao_keeps_zeros_and_is_as_near_as_the_reference(bits, group_size):
         mine = rounded(weight, bits, group_size).dequantise()
         assert (theirs[weight == 0] == 0).all()
         assert (theirs - weight).norm() < 1.2 * (mine - weight).norm()
+    for row in quantised.rows():  # its kernels' codes lie in a byte each; a zero point (a byte) stands beside a scale
+        (rows, columns), groups = row["shape"], 1 if group_size is None else row["shape"][1] // group_size
+        assert row["bytes"] == rows * columns + rows * groups * (4 + 1)
+    quantised.check_zeros()
     with pytest.raises(ModelError, match="torchao tensors"):
         quantised.check("saving")
+
+
+@pytest.mark.matches
+@pytest.mark.filterwarnings("ignore")
+def test_controls_of_torchao_are_rounded_by_it_and_take_as_many_bytes():
+    pytest.importorskip("torchao")
+    result = quantize_(prune_(tiny_loaded(), Prune(method="magnitude")), Quantize(bits=8, backend="torchao"))
+    for method in ("random", "magnitude"):
+        other = control(result, tiny_loaded(), method)
+        assert [row["bytes"] for row in other.rows()] == [row["bytes"] for row in result.rows()]
+        assert torch.isfinite(other.model(NoiseBatches().at(0, 2).tokens).logits).all()

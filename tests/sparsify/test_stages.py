@@ -1,6 +1,7 @@
 """One verb for every method: stages in a row, saved and resumed between them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import fewedges as fe
 from fewedges.data.addition import Sums
 from fewedges.errors import ModelError, RecipeError, StoreError
-from fewedges.recipes import read_recipe
+from fewedges.recipes import read_recipe, write_recipe
 from fewedges.sparsify import stages as verb
 from fewedges.sparsify.pruning import prune_
 from fewedges.sparsify.quantizing import quantize_
@@ -59,7 +60,7 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(addition, tmp_path,
     monkeypatch.setattr(verb, "prune_", None)  # what is saved is not done again
     done = sparsify_weights(addition, STAGES, out=tmp_path)
     assert same(parameters(done.model), wanted)
-    monkeypatch.setattr(verb, "distil_", None)
+    monkeypatch.setattr(verb, "train_", None)
     monkeypatch.setattr(verb, "quantize_", None)
     again = sparsify_weights(addition, STAGES, out=tmp_path)
     assert same(parameters(again.model), wanted)
@@ -73,6 +74,55 @@ def test_a_saved_run_goes_on_with_more_stages_and_finds_its_own_teacher(addition
     assert second.stages == STAGES
     assert same(parameters(second.model), parameters(sparsify_weights(addition, STAGES).model))
     assert same(parameters(first.model), parameters(fe.load(tmp_path / "a").model))
+
+
+SHORT = {"steps": 6, "batch_size": 8, "warmup_steps": 0, "log_every": 3}
+METHOD = {
+    "static": fe.Train(**SHORT),
+    "rigl": fe.Rewire(every=2, from_scratch=True, **SHORT),
+    "set": fe.Rewire(method="set", every=2, **SHORT),
+    "gradual": fe.Gradual(every=2, **SHORT),
+    "tickets": fe.Rewind(rounds=1, rewind=2, from_scratch=True, **SHORT),
+}
+
+
+@pytest.mark.reproduces
+@pytest.mark.parametrize("method", METHOD)
+def test_a_method_that_trains_is_a_stage_that_stops_goes_on_saves_loads_and_is_measured(addition, tmp_path, method):
+    recipe = METHOD[method]
+    stages = [recipe, fe.Distil(steps=2, batch_size=8, warmup_steps=0)]
+    wanted = sparsify_weights(addition, stages)
+    write_recipe(tuple(stages), tmp_path / "stages.yaml")
+    while not (
+        now := sparsify(addition, read_recipe(tmp_path / "stages.yaml"), out=tmp_path, pause_minutes=0.0)
+    ).finished:
+        assert len(list(tmp_path.glob("*-*/log.jsonl"))) == len(now.stages) + 1
+    assert now.stages == wanted.stages == tuple(stages)
+    loaded = fe.load(tmp_path)
+    for result in (now, loaded):
+        assert same(parameters(result.model), parameters(wanted.model))
+        assert all(torch.equal(p.mask(), wanted.masks.patterns[n].mask()) for n, p in result.masks.patterns.items())
+    assert loaded.masks.density == pytest.approx(0.2, abs=1e-3)  # each matrix rounds to whole entries
+    assert not same(
+        parameters(sparsify(addition, replace(recipe, seed=1)).model), parameters(sparsify(addition, recipe).model)
+    )
+
+
+@pytest.mark.says
+def test_measure_sets_controls_of_the_same_density_beside_a_method_that_trains(addition):
+    report = fe.measure(sparsify(addition, METHOD["rigl"])).to_dict()
+    densities = {name: row["density"] for name, row in report["models"].items()}
+    assert densities["random"] == densities["magnitude"] == densities["sparse"] == report["total"]["density"] < 0.21
+    assert report["models"]["random"]["kl"] > 0.1
+
+
+@pytest.mark.matches
+def test_tickets_by_rate_are_the_stage_of_their_density(addition):
+    plan = fe.Tickets(rounds=2, rate=0.3, rewind=1, steps=2, scope="global")
+    recipe = fe.Rewind(density=plan.density, rounds=2, rewind=1, steps=2, allocation="global")
+    result = sparsify(addition, plan)
+    assert result.stages == (recipe,)
+    assert result.masks.density == pytest.approx(0.49, abs=1e-3)
 
 
 @pytest.mark.survives
@@ -95,12 +145,16 @@ def test_a_folder_of_another_run_is_refused(addition, tmp_path):
 
 @pytest.mark.survives
 def test_what_the_verb_cannot_do_is_refused(addition, tmp_path):
-    for recipe in (fe.Rewire(), fe.Tickets()):
-        with pytest.raises(RecipeError, match="trains from random weights"):
-            sparsify(addition, recipe)
     for wrong in ([], [fe.SparseAttention()], "wanda"):
         with pytest.raises(RecipeError, match="stage"):
             sparsify_weights(addition, wrong)
+    for field, wrong in (("every", fe.Rewire(steps=50, every=60)), ("steps", fe.Gradual(steps=1))):
+        with pytest.raises(RecipeError, match=f"field {field}"):
+            sparsify(addition, [PRUNE, wrong], out=tmp_path / "x")
+    with pytest.raises(RecipeError, match="density below 1"):
+        sparsify(addition, fe.Rewind(density=1.0), out=tmp_path / "x")
+    with pytest.raises(RecipeError, match="the model has 10 positions"):
+        sparsify(addition, fe.Rewire(), data=str(tmp_path))
     with pytest.raises(ModelError, match="attention training would not hold their zeros"):
         sparsify(sparsify(addition, fe.Prune(method="random")), fe.SparseAttention(steps=1))
     with pytest.raises(RecipeError, match="to be run, not saved"):

@@ -16,17 +16,17 @@ overshoot.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fewedges import store
 from fewedges.errors import RecipeError, StoreError
 from fewedges.explain.attention_circuit import AttentionCurve, attention_curve
 from fewedges.explain.attention_ranking import RoleScores, edge_budgets, own_ranks, role_scores
 from fewedges.explain.explaining import Explained
+from fewedges.explain.manifest import call_of, changed, facts_of, manifest_of
 from fewedges.explain.tasks import prompts_for
 from fewedges.explain.tasks.prompts import Prompts
 from fewedges.explain.tasks.solved import check_solved
@@ -109,6 +109,8 @@ def explain_attention(
     task: str | Path = "ioi",
     search: CircuitSearch | None = None,
     *,
+    source: str | Path | None = None,
+    call: str | None = None,
     own: bool = False,
     watch: Callable[[str], None] | None = None,
     **options: Any,
@@ -116,12 +118,13 @@ def explain_attention(
     """Rank and measure the attention edges that carry a task in a sparse model, its dense base and its control.
 
     `search`: of its rankings absolute and signed, of its ablations counterfactual and zero; RecipeError for others.
-    `own` also measures each prompt's own edges. `options` go to the task's generator. A model that does not do the
-    task is an error.
+    `own` also measures each prompt's own edges; `source` and `call` as in `explain`. `options` go to the task's
+    generator. A model that does not do the task is an error.
     """
     search, tell = search or SEARCH, watch or (lambda _: None)
     _check(search)
     models = models_of(what)
+    manifest = manifest_of(what, source, call or call_of(task, search, options, verb="explain_attention"))
     prompts = prompts_for(task, models["dense"].tokenizer, search.count, search.seed, **options)
     solved = check_solved({label: loaded.model for label, loaded in models.items()}, prompts)
     train, test = prompts.split(search.seed)
@@ -134,7 +137,7 @@ def explain_attention(
         circuits[label] = found.circuit(curves[label])
         tell(f"{label}: {curves[label].edges_at():.4g} attention edges at 0.9, {curves[label].like_at():.4g} by KL")
     known = {label: one.describe() for label, one in solved.items()}
-    facts = _facts(models["dense"], prompts, len(train), len(test), search, options)
+    facts = facts_of(what, prompts, train, test, search, options, manifest) | {"edges": "attention"}
     return AttentionExplained(
         task=prompts.name,
         model=models["dense"].name,
@@ -143,6 +146,11 @@ def explain_attention(
         solved=known,
         facts=facts,
     )
+
+
+def suited(search: CircuitSearch) -> CircuitSearch:
+    """The settings that suit attention edges, but for those that were changed."""
+    return replace(SEARCH, **changed(search))
 
 
 class _Model:
@@ -204,18 +212,16 @@ def _check(search: CircuitSearch) -> None:
         "ablation": (search.ablation, ("counterfactual", "zero")),
         "how": (search.how, ("absolute", "signed")),
         "gim": (search.gim, (False,)),
+        "nodes": (search.nodes, (False,)),
+        "split": (search.split, (True,)),
+        "key_readers": (search.key_readers, ("group",)),
+        "grid": (search.grid, ("log",)),
+        "memory": (search.memory, (None,)),
     }
     for name, (value, allowed) in kinds.items():
         if value not in allowed:
             hint = f"one of {', '.join(map(str, allowed))}"
             raise RecipeError(f"explain attention edges: {name}={value!r}", "not there for attention edges", hint)
-
-
-def _facts(loaded: Loaded, prompts: Prompts, train: int, test: int, search: CircuitSearch, options: Any) -> Any:
-    device = store.device_name(next(loaded.model.parameters()).device)
-    halves = {"prompts": prompts.describe(), "train": train, "test": test, "edges": "attention"}
-    shown = {name: x if isinstance(x, str | int | float | bool) else str(x) for name, x in options.items()}
-    return {**asdict(search), **halves, "options": shown, "device": device, "versions": store.versions()}
 
 
 def _ratio(dense: float, other: float) -> float:

@@ -83,6 +83,14 @@ class Curve:
         """Attention heads in the circuit there."""
         return self._crossing(level, self.heads)
 
+    def necessity_at(self, level: float = 0.9) -> float | None:
+        """The effect lost when the first circuit that reaches this level is cut out of the whole model.
+
+        None where complements were not run, or where no circuit reaches the level.
+        """
+        index, lost = self.index_at(level), self.necessity
+        return None if index is None or lost is None else float(lost[index])
+
     def index_at(self, level: float = 0.9) -> int | None:
         """The first circuit that reaches this level."""
         reached = np.flatnonzero(self.explained >= level)
@@ -161,18 +169,32 @@ def curve(
     asked = np.array(budget_grid(graph) if budgets is None else sorted(budgets))
     order = ranking(graph, scores, how, seed)
     masks = np.stack([prune(graph, mask) for mask in nested(graph, order, asked.tolist())])
-    settings: dict[str, Any] = {"ablation": ablation, "reference": reference, "seed": seed}
-    settings |= {"options": options, "memory": memory}
+    choices: dict[str, Any] = {"ablation": ablation, "reference": reference, "seed": seed, "options": options}
+    return measure_masks(wiring, prompts, masks, asked, how=how, complements=complements, memory=memory, **choices)
+
+
+def measure_masks(
+    wiring: Wiring,
+    prompts: Prompts,
+    masks: Bool[np.ndarray, "K J I"],
+    budgets: Int[np.ndarray, "K"] | None = None,
+    *,
+    how: str,
+    complements: bool = False,
+    **settings: Any,
+) -> Curve:
+    """Measure given circuits, from small to large; `budgets`: by default their sizes; `settings`: of `evaluate`."""
+    graph, sizes = wiring.graph, masks.sum((1, 2))
     measured = evaluate(wiring, prompts, masks, **settings)
     _check_effect(prompts, measured)
     without = evaluate(wiring, prompts, graph.real & ~masks, **settings).metric if complements else None
     used, is_head = graph.used(masks), graph.is_head()
     return Curve(
         all_edges=graph.edges,
-        ablation=ablation,
+        ablation=settings.get("ablation", "counterfactual"),
         how=how,
-        budgets=asked,
-        edges=masks.sum((1, 2)),
+        budgets=sizes if budgets is None else budgets,
+        edges=sizes,
         heads=used[:, is_head].sum(1),
         mlps=used[:, ~is_head].sum(1) - used[:, 0],
         metric=measured.metric,

@@ -3,13 +3,14 @@
     {"cfg": {n_layers, n_heads, parallel_attn_mlp, d_model},
      "nodes": {"a0.h0": {"in_graph": true}, ...},  "edges": {"input->a0.h0<q>": {"score": 0.1, "in_graph": true}, ...}}
 
-Their graph reads keys and values once per query head, so a model with fewer key/value heads is wired by
-`wire(..., key_readers="head")` for exchange. Layout: hannamw/EAP-IG 2.0, `Graph.to_json`.
+Their graph reads keys and values once per query head. A model with fewer key/value heads is wired by
+`wire(..., key_readers="head")` for exchange, or a circuit found per group is written with `per_head`. Layout:
+hannamw/EAP-IG 2.0, `Graph.to_json`.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,38 @@ class Exchanged:
     """D, which their files state."""
 
 
+def per_head(circuit: Exchanged) -> Exchanged:
+    """The same circuit with keys and values read once per query head.
+
+    An edge into a key/value group becomes one into every query head of it, all kept or all ablated: the circuit
+    computes what it did. Each carries an equal part of the group's score, so that sums stay what they were; scores of
+    their own come from `key_readers="head"`.
+    """
+    old = circuit.graph
+    share = old.heads // old.key_readers
+    if share == 1:
+        return circuit
+    new = replace(old, key_readers=old.heads)
+    columns, parts = [], []
+    for layer in range(old.layers):
+        queries = [old.reader(layer, "q", head) for head in range(old.heads)]
+        shared = [old.reader(layer, role, head // share) for role in "kv" for head in range(old.heads)]
+        columns += [*queries, *shared, old.mlp_reader(layer)]
+        parts += [1.0] * len(queries) + [1 / share] * len(shared) + [1.0]
+    columns, parts = [*columns, old.logits], np.array([*parts, 1.0])
+    return Exchanged(
+        graph=new, scores=circuit.scores[:, columns] * parts, mask=circuit.mask[:, columns], width=circuit.width
+    )
+
+
 def write_eap_ig(path: Path | str, circuit: Exchanged) -> None:
     """Write scores and circuit as EAP-IG's json. RecipeError for a graph of another kind than theirs."""
     graph = circuit.graph
     if not graph.split or graph.key_readers != graph.heads:
         found = "a graph without the q/k/v split" if not graph.split else "key/value inputs per key/value head"
-        raise RecipeError(f"write {path}", found, 'wire(model, anatomy, key_readers="head")')
+        raise RecipeError(
+            f"write {path}", found, 'wire(model, anatomy, key_readers="head")' if graph.split else "split=True"
+        )
     if not np.isfinite(circuit.scores).all():
         raise RecipeError(f"write {path}", "scores that are not finite", "finite scores")
     entered = np.any(circuit.mask & graph.real, axis=0)  # (I,)

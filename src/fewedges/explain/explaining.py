@@ -12,28 +12,24 @@ Source of protocol and figure: Draye et al. 2025, arXiv:2512.05865; explained ef
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from fewedges import store
 from fewedges.errors import StoreError
-from fewedges.explain.attribution import attribute
-from fewedges.explain.circuit import LEVELS, Curve, circuit_mask, curve
-from fewedges.explain.hooks import Wiring, wire
-from fewedges.explain.select import How, budget_grid
+from fewedges.explain.circuit import LEVELS, Curve
+from fewedges.explain.manifest import call_of, described, facts_of, manifest_of
+from fewedges.explain.searching import Search, wired
 from fewedges.explain.tasks import prompts_for
 from fewedges.explain.tasks.prompts import Prompts
 from fewedges.explain.tasks.solved import accuracy, check_solved
 from fewedges.measure.report import models_of
 from fewedges.model.loading import Loaded
 from fewedges.recipes import CircuitSearch
-from fewedges.sparsify.attention.interface import GatePass, is_gated
 from fewedges.sparsify.attention.result import Sparse, gates_only
 
 UNTRAINED = "untrained gates"
@@ -53,6 +49,8 @@ class Explained:
     solved: dict[str, Any]
     """By model: how well it does the task."""
     facts: dict[str, Any] = field(default_factory=dict)
+    rankings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By model: `nodes`, what each head and MLP is worth, and `stays`, see `Search.ranking`."""
 
     @property
     def labels(self) -> list[str]:
@@ -84,7 +82,7 @@ class Explained:
         at = {label: _counts(found) for label, found in self.curves.items()}
         curves = {label: found.to_dict() for label, found in self.curves.items()}
         head = {"task": self.task, "model": self.model, **ratios, "accuracies": self.solved, "at": at}
-        return {**head, "curves": curves, "circuits": self.circuits, "facts": self.facts}
+        return {**head, "curves": curves, "circuits": self.circuits, "rankings": self.rankings, "facts": self.facts}
 
     def save(self, path: Path | str) -> Path:
         """Write it as json."""
@@ -92,21 +90,27 @@ class Explained:
         return Path(path)
 
     def __str__(self) -> str:
-        rows = [
-            f"{self.task} in {self.model}: edges (heads) that explain a share of the effect, {_protocol(self.facts)}"
-        ]
+        what = "whole heads and MLPs" if self.facts.get("nodes") else "edges (heads)"
+        rows = [f"{self.task} in {self.model}: {what} that explain a share of the effect, {_protocol(self.facts)}"]
+        rows += [run] if (run := described(self.facts)) else []
         rows.append(f"{'':26}" + "".join(f"{level:>16}" for level in LEVELS) + f"{'accuracy':>12}")
         for label, found in self.curves.items():
             cells = "".join(f"{_cell(found, level):>16}" for level in LEVELS)
             done = self.solved.get(label, {}).get("accuracy")
             rows.append(f"{label:26}{cells}" + (f"{done:>12.1%}" if done is not None else ""))
-        if "sparse" in self.curves:
-            for count in ("edges", "heads"):
-                low, high = self.ratio_interval(count)
-                rows.append(
-                    f"dense / sparse at 0.9: {self.ratio(count):.3g} times fewer {count} ({low:.3g} to {high:.3g})"
-                )
+            if found.without is not None:
+                lost = [found.necessity_at(level) for level in LEVELS]
+                rows.append(f"{'  effect lost without them':26}" + "".join(f"{_number(x):>16}" for x in lost))
+        rows += [f"{label}: {line}" for label, one in self.rankings.items() if (line := _ranking(one))]
+        rows += self._ratios() if "sparse" in self.curves else []
         return "\n".join(rows)
+
+    def _ratios(self) -> list[str]:
+        found = {count: (self.ratio(count), *self.ratio_interval(count)) for count in ("edges", "heads")}
+        return [
+            f"dense / sparse at 0.9: {ratio:.3g} times fewer {count} ({low:.3g} to {high:.3g})"
+            for count, (ratio, low, high) in found.items()
+        ]
 
     def _repr_html_(self) -> str:
         return f"<pre>{self}</pre>"
@@ -118,6 +122,7 @@ def read_explained(path: Path | str) -> Explained:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         curves = {label: Curve.from_dict(found) for label, found in data["curves"].items()}
         names = {"circuits": data["circuits"], "solved": data["accuracies"], "facts": data["facts"]}
+        names["rankings"] = data.get("rankings", {})  # results before November 2026 have none
         return Explained(task=data["task"], model=data["model"], curves=curves, **names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"it is not a saved explanation ({type(error).__name__}: {error})"
@@ -129,92 +134,57 @@ def explain(
     task: str | Path = "ioi",
     search: CircuitSearch | None = None,
     *,
+    source: str | Path | None = None,
+    call: str | None = None,
+    export: Path | None = None,
     watch: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Explained:
     """Find and measure the circuits of a task in a sparse model, its dense base and its control, or in a dense model.
 
     `task` is one of `fewedges.explain.tasks.TASKS` or a file of prompts; `options` go to its generator. A model that
-    does not do the task is an error. Runs on the device the models are on.
+    does not do the task is an error. Runs on the device the models are on. `source` is the saved run that `what` was
+    loaded from: its manifest is noted in the result, beside `call` (or this call in Python). With `export`, a folder,
+    each model's scores and its circuit at 0.9 are also written there as EAP-IG's json (see `exchange`).
     """
     search, tell = search or CircuitSearch(), watch or (lambda _: None)
     models = models_of(what)
+    manifest = manifest_of(what, source, call or call_of(task, search, options))
     prompts = prompts_for(task, models["dense"].tokenizer, search.count, search.seed, **options)
     solved = check_solved({label: loaded.model for label, loaded in models.items()}, prompts)
     if search.controls:
         models |= _untrained(models["dense"], prompts, solved)
     train, test = prompts.split(search.seed)
-    curves: dict[str, Curve] = {}
-    circuits: dict[str, list[str]] = {}
-    graphs: dict[str, dict[str, int]] = {}
+    facts = facts_of(what, prompts, train, test, search, options, manifest) | {"graphs": {}}
+    found = Explained(task=prompts.name, model=models["dense"].name, curves={}, circuits={}, solved={}, facts=facts)
     for label, loaded in models.items():
         tell(f"{label}: {solved[label]}")
-        with _wired(loaded) as wiring:
-            found = _Model(label, wiring, train, test, search)
-            curves |= found.curves()
-            circuits[label] = found.circuit(curves[label])
-            graph = wiring.graph
-            graphs[label] = {"layers": graph.layers, "heads": graph.heads, "key_readers": graph.key_readers}
-        tell(f"{label}: {curves[label].edges_at():.4g} edges at 0.9")
-    known = {label: one.describe() for label, one in solved.items()}
-    facts = _facts(what, prompts, train, test, search, options) | {"graphs": graphs}
-    return Explained(
-        task=prompts.name, model=models["dense"].name, curves=curves, circuits=circuits, solved=known, facts=facts
-    )
+        with wired(loaded, search) as wiring:
+            tell(f"{label}: {wiring.graph}")
+            _add(found, Search(label, wiring, train, test, search), export)
+        tell(f"{label}: {found.curves[label].edges_at():.4g} edges at 0.9")
+    found.solved.update({label: one.describe() for label, one in solved.items()})
+    return found
 
 
-class _Model:
-    """One model's search and measurement."""
-
-    def __init__(self, label: str, wiring: Wiring, train: Prompts, test: Prompts, search: CircuitSearch):
-        self.label, self.wiring, self.train, self.test, self.search = label, wiring, train, test, search
-        self.scores = self._scores(train)
-
-    def curves(self) -> dict[str, Curve]:
-        """Its curve, and those of its controls."""
-        search, label = self.search, self.label
-        found = {label: self._curve(self.scores, search.how, complements=search.complements)}
-        if search.controls and label in ("dense", "sparse"):
-            found[f"{label}, random"] = self._curve(self.scores, "random")
-            shuffled = self._scores(self.train.shuffled(search.seed))
-            found[f"{label}, shuffled"] = self._curve(shuffled, search.how)
-        return found
-
-    def circuit(self, found: Curve, level: float = 0.9) -> list[str]:
-        """The edges of the first measured circuit that reaches this level."""
-        index = found.index_at(level)
-        if index is None:
-            return []
-        edges, seed = int(found.budgets[index]), self.search.seed
-        mask = circuit_mask(self.wiring, self.scores, edges, how=self.search.how, seed=seed)
-        return list(self.wiring.graph.names(mask))
-
-    def _scores(self, prompts: Prompts) -> Float[np.ndarray, "J I"]:
-        search = self.search
-        choices: dict[str, Any] = {"steps": search.steps, "gim": search.gim, "ablation": search.ablation}
-        through = search.through_gates and is_gated(self.wiring.model)
-        options = {"gate_pass": GatePass(straight_through=True)} if through else None
-        return attribute(self.wiring, prompts, search.method, seed=search.seed, options=options, **choices).edges
-
-    def _curve(self, scores: Float[np.ndarray, "J I"], how: How, *, complements: bool = False) -> Curve:
-        search = self.search
-        choices: dict[str, Any] = {"ablation": search.ablation, "seed": search.seed, "complements": complements}
-        choices["reference"] = None if search.ablation == "counterfactual" else self.train
-        budgets = budget_grid(self.wiring.graph, search.points)
-        return curve(self.wiring, self.test, scores, how=how, budgets=budgets, **choices)
+def _add(found: Explained, one: Search, export: Path | None) -> None:
+    """Note what one model's search finds."""
+    label, graph = one.label, one.wiring.graph
+    found.curves.update(one.curves())
+    curve = found.curves[label]
+    found.circuits[label] = list(graph.names(one.circuit(curve)))
+    found.rankings[label] = one.ranking(curve)
+    found.facts["graphs"][label] = {"layers": graph.layers, "heads": graph.heads, "key_readers": graph.key_readers}
+    if export is not None:
+        export.mkdir(parents=True, exist_ok=True)
+        path = one.export(export / exported_name(found.task, label), curve)
+        found.facts.setdefault("exported", []).append(str(path))
 
 
-@contextmanager
-def _wired(loaded: Loaded) -> Iterator[Wiring]:
-    """The circuit graph of a model, its weights frozen meanwhile."""
-    learning = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield wire(loaded.model, loaded.anatomy)
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+def exported_name(task: str, label: str) -> str:
+    """The file of a model's circuit: `ioi-abc-sparse.json`."""
+    words = "".join(c if c.isalnum() or c == "_" else " " for c in f"{task} {label}".lower())
+    return f"{'-'.join(words.split())}.json"
 
 
 def _untrained(dense: Loaded, prompts: Prompts, solved: dict[str, Any]) -> dict[str, Loaded]:
@@ -222,18 +192,6 @@ def _untrained(dense: Loaded, prompts: Prompts, solved: dict[str, Any]) -> dict[
     gated = gates_only(dense, 0.0).loaded
     solved[UNTRAINED] = accuracy(gated.model, prompts)
     return {} if solved[UNTRAINED].trouble else {UNTRAINED: gated}
-
-
-def _facts(
-    what: Any, prompts: Prompts, train: Prompts, test: Prompts, search: CircuitSearch, options: Any
-) -> dict[str, Any]:
-    loaded = models_of(what)["dense"]
-    device = store.device_name(next(loaded.model.parameters()).device)
-    halves = {"prompts": prompts.describe(), "train": len(train), "test": len(test)}
-    shown = {
-        name: value if isinstance(value, str | int | float | bool) else str(value) for name, value in options.items()
-    }
-    return {**asdict(search), **halves, "options": shown, "device": device, "versions": store.versions()}
 
 
 def _ratio(dense: Curve, other: Curve, count: str, level: float) -> float:
@@ -246,14 +204,27 @@ def _finite(x: float) -> float | None:
 
 
 def _counts(found: Curve) -> dict[str, Any]:
-    """Edges and heads at every level; None where a level is never reached."""
+    """Edges, heads and necessity at every level; None where a level is never reached."""
     levels = {str(level): [_finite(found.edges_at(level)), _finite(found.heads_at(level))] for level in LEVELS}
-    return {**levels, "of": found.all_edges, "cpr": found.cpr, "cmd": found.cmd}
+    necessity = {str(level): found.necessity_at(level) for level in LEVELS} if found.without is not None else None
+    return {**levels, "of": found.all_edges, "cpr": found.cpr, "cmd": found.cmd, "necessity": necessity}
 
 
 def _cell(found: Curve, level: float) -> str:
     edges, heads = found.edges_at(level), found.heads_at(level)
     return f"{edges:,.0f} ({heads:.0f})" if np.isfinite(edges) else "not reached"
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}"
+
+
+def _ranking(known: dict[str, Any]) -> str:
+    """The nodes that are worth most, and how steady the circuit is."""
+    best = sorted(known.get("nodes", {}).items(), key=lambda one: -abs(one[1]))[:6]
+    said = [", ".join(f"{name} {score:+.2f}" for name, score in best)] if best else []
+    said += [f"{known['stays']:.0%} of its edges at 0.9 stay when prompts are redrawn"] if "stays" in known else []
+    return "; ".join(said)
 
 
 def _protocol(facts: dict[str, Any]) -> str:

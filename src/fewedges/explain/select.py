@@ -83,6 +83,33 @@ def mib_budgets(graph: Graph) -> tuple[int, ...]:
     return tuple(int(graph.edges * percent / 100) for percent in MIB_PERCENT)
 
 
+def node_circuits(
+    graph: Graph, scores: Float[np.ndarray, "J"], how: How = "absolute", points: int = 20, seed: int = 0
+) -> Bool[np.ndarray, "K J I"]:
+    """Nested circuits of whole heads and MLPs: the input, the n best of them, and every edge between these.
+
+    n goes from 1 to all of them, evenly on a log axis; dead ends are pruned. A key or value input that several heads
+    share is kept where one of them is. RecipeError for an order that nodes do not have.
+    """
+    if how not in ("absolute", "signed", "random") or scores.shape != (graph.sources,):
+        raise RecipeError(
+            "node circuits",
+            f"how={how!r}, scores {scores.shape}",
+            f"absolute, signed or random, a score of {graph.sources} sources",
+        )
+    worth = np.abs(scores) if how == "absolute" else scores
+    nodes = np.arange(1, graph.sources)
+    order = (
+        np.random.default_rng(seed).permutation(nodes)
+        if how == "random"
+        else nodes[np.argsort(-worth[1:], kind="stable")]
+    )
+    place = np.zeros(graph.sources, dtype=int)
+    place[order] = np.arange(1, graph.sources)
+    sizes = {round(float(n)) for n in np.geomspace(1, len(nodes), points)}
+    return np.stack([prune(graph, graph.real & (place <= n)[:, None]) for n in sorted(sizes)])
+
+
 def _greedy(graph: Graph, worth: Float[np.ndarray, "J I"]) -> Int[np.ndarray, "N"]:
     heap: list[tuple[float, int]] = []
     entered = np.zeros(graph.sources, dtype=bool)

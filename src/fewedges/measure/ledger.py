@@ -1,13 +1,14 @@
 """What sparse weights cost and what they buy: a row for every matrix, and the loss beside honest controls.
 
 A control spends the same budget by a simpler method: every matrix keeps as many entries, in the same structure, but
-those drawn at random or of the largest magnitude, and is rounded alike. Controls are not calibrated and not
-distilled, so a result that was distilled shows what both together bought.
+those drawn at random or of the largest magnitude, and is rounded alike: it takes as many bytes. Controls are not
+calibrated and not distilled, so a result that was distilled shows what both together bought.
 """
 
 import copy
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -22,11 +23,14 @@ from fewedges.measure.report import Report, default_protocol
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.attention.result import Sparse
 from fewedges.sparsify.masks import Masks
-from fewedges.sparsify.pattern import Pattern
+from fewedges.sparsify.matrices import bytes_of, matrices_of, write_
+from fewedges.sparsify.pattern import Pattern, of_kind
+from fewedges.sparsify.pixelated import is_pixelated
 from fewedges.sparsify.pruned import Pruned, begin
 from fewedges.sparsify.pruning import prune_
 from fewedges.sparsify.quantizing import quantize_
 from fewedges.sparsify.recovery import dense_of
+from fewedges.sparsify.rounding import Rounded, rounded
 from fewedges.sparsify.score import SCORES, Evidence
 from fewedges.sparsify.select import select
 from fewedges.sparsify.shrink import keep_layers
@@ -34,6 +38,8 @@ from fewedges.weight_recipes import Distil, Prune, Quantize, Structure
 
 CONTROLS = ("random", "magnitude")
 COVERS = (16, 32, 64)
+UNKNOWN = "unknown"
+"""What stands for bytes that cannot be told."""
 MODELS = {
     "cross_entropy": ("cross-entropy", "{:.4f}"),
     "perplexity": ("perplexity", "{:.2f}"),
@@ -50,15 +56,16 @@ class Ledger:
     """Numbers of a model with sparse weights: by matrix, in all, and of the model beside dense and controls."""
 
     matrices: list[dict[str, Any]]
-    """name, shape, parameters, nnz, density, cover(16), cover(32), cover(64), bytes."""
+    """name, shape, parameters, nnz, density, cover(16), cover(32), cover(64), bytes (None: cannot be told)."""
     models: dict[str, dict[str, Any]]
     """dense, random, magnitude, sparse: density, bytes, and where a text was scored its loss."""
     facts: dict[str, Any] = field(default_factory=dict)
     """stages, base; of the text: context_length, tokens, file; device, versions."""
 
     def total(self) -> dict[str, Any]:
-        """The sums over matrices; densities and covers are those of all entries and blocks together."""
-        summed = {name: sum(row[name] for row in self.matrices) for name in ("parameters", "nnz", "bytes")}
+        """The sums over matrices (None of what is not known); densities and covers are those of all together."""
+        summed: dict[str, Any] = {name: sum(row[name] for row in self.matrices) for name in ("parameters", "nnz")}
+        summed["bytes"] = _sum(row["bytes"] for row in self.matrices)
         covers = {f"cover({b})": _cover(self.matrices, b) for b in COVERS}
         return {**summed, "density": summed["nnz"] / summed["parameters"], **covers}
 
@@ -120,19 +127,27 @@ def measure(
     *,
     pairs: Path | str | None = None,
 ) -> Report | Ledger:
-    """Measure a model: attention beside dense and control (a Report), or sparse weights (a Ledger).
+    """Measure a model: attention beside dense and control (a Report), or sparse or pixelated weights (a Ledger).
 
     `data` is a text file or folder; "addition" needs none. `pairs` is a jsonl of minimal pairs (not for weights).
     """
+    if pairs is not None and (isinstance(what, Pruned) or is_pixelated(what)):
+        raise RecipeError("measure minimal pairs", "not built for sparse weights", "minimal_pairs(run.model, ...)")
+    if is_pixelated(what):
+        from fewedges.measure.pixelated_ledger import pixelated_ledger
+
+        return pixelated_ledger(what, data, protocol)
     if isinstance(what, Pruned):
-        if pairs is not None:
-            raise RecipeError("measure minimal pairs", "not built for sparse weights", "minimal_pairs(run.model, ...)")
         return ledger(what, data, protocol)
     return report.measure(what, data, protocol, pairs=pairs)
 
 
 def ledger(pruned: Pruned, data: Path | str | None = None, protocol: Protocol | None = None) -> Ledger:
-    """Count a result's matrices, and score it beside dense, random and magnitude if there is a text to score."""
+    """Count a result's matrices, and score it beside dense, random and magnitude if there is a text to score.
+
+    Raises ModelError if a zero is lost, or where adapters are on.
+    """
+    pruned.check_zeros("work on it, before measuring")
     facts = {"base": pruned.base["name"], "made": str(pruned)}
     if data is None and pruned.base["name"] != "addition":
         return Ledger(matrices=pruned.rows(), models={"sparse": _sizes(pruned)}, facts=facts)
@@ -149,19 +164,22 @@ def ledger(pruned: Pruned, data: Path | str | None = None, protocol: Protocol | 
 
 
 def control(pruned: Pruned, dense: Loaded, method: str, seed: int = 0) -> Pruned:
-    """The dense model with the same budget in every matrix, spent by `method` (random or magnitude)."""
+    """The dense model with the same budget in every matrix, spent by `method` (random or magnitude).
+
+    First it is made as small as the result is (layers, heads, channels), then masked, then rounded.
+    """
     now = begin(dense.with_model(copy.deepcopy(dense.model)))
-    masking = [stage for stage in pruned.stages if isinstance(stage, Prune) and not _shrinks(stage)]
     for stage in pruned.stages:
         if isinstance(stage, Distil) and stage.layers:
             now = keep_layers(now, stage.layers)
         elif isinstance(stage, Prune) and _shrinks(stage):
             now = prune_(now, Prune(method=method, structure=stage.structure, density=stage.density, seed=seed))
-        elif isinstance(stage, Prune) and stage is masking[-1]:
-            now = _masked_(now, pruned.masks, method, stage.structure, seed)
-        if isinstance(stage, Prune | Quantize) and stage.bits is not None:
-            now = quantize_(now, Quantize(bits=stage.bits, group_size=stage.group_size))
-    return now
+    if pruned.masks.patterns:
+        now = _masked_(now, pruned.masks, method, seed)
+    if pruned.backend != "plain":
+        by = [stage for stage in pruned.stages if isinstance(stage, Quantize) and stage.backend == pruned.backend]
+        return quantize_(now, by[-1])
+    return _rounded_(now, pruned.rounded)
 
 
 def _shrinks(stage: Prune) -> bool:
@@ -169,23 +187,38 @@ def _shrinks(stage: Prune) -> bool:
 
 
 @torch.no_grad()
-def _masked_(now: Pruned, masks: Masks, method: str, structure: str, seed: int) -> Pruned:
-    """Keep as many entries of every matrix as `masks` does."""
+def _masked_(now: Pruned, masks: Masks, method: str, seed: int) -> Pruned:
+    """Keep as many entries of every matrix as `masks` does, in the same structure."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, matrix in sorted(masks.matrices(now.model).items()):  # loaded masks come in another order
         score = SCORES[method].of(matrix.weight, Evidence(generator=generator))
-        found[name] = _equal(score, masks.patterns[name], structure)
+        found[name] = _equal(score, masks.patterns[name])
         matrix.weight.masked_fill_(~found[name].mask(), 0)
     return replace(now, masks=Masks(found))
 
 
-def _equal(score: torch.Tensor, wanted: Pattern, structure: str) -> Pattern:
-    """The highest scores, as many as `wanted` has: in the structure if it can have so many, else anywhere."""
-    kind = Structure.parse(structure)
-    unit = kind.n * kind.m if kind.kind == "block" else 1
-    found = select(score, kind, wanted.nnz // unit)
-    return found if found.nnz == wanted.nnz else select(score, "unstructured", wanted.nnz)
+def _equal(score: torch.Tensor, wanted: Pattern) -> Pattern:
+    """The highest scores, as many as `wanted` has and of its kind."""
+    if wanted.kind in ("dense", "unstructured"):
+        return of_kind(select(score, "unstructured", wanted.nnz).mask(), wanted.kind)
+    kind = Structure.parse(wanted.kind)
+    if kind.kind == "block":
+        return select(score, kind, wanted.nnz // (kind.n * kind.m))
+    allowed = select(score, kind).mask()  # of N:M a second stage may have left less than N
+    return of_kind(select(score.masked_fill(~allowed, -torch.inf), "unstructured", wanted.nnz).mask(), wanted.kind)
+
+
+@torch.no_grad()
+def _rounded_(now: Pruned, codes: Mapping[str, Rounded]) -> Pruned:
+    """Round the same matrices to as many bits, with as many scales."""
+    matrices = matrices_of(now.loaded)
+    found = {}
+    for name, code in codes.items():
+        weight, groups = matrices[name].weight, code.scales.shape[1]
+        found[name] = rounded(weight, code.bits, weight.shape[1] // groups)
+        write_(matrices[name], found[name].dequantise())
+    return replace(now, rounded=found)
 
 
 def _scored(pruned: Pruned, dense: Loaded, batches: list[Any], protocol: Protocol) -> dict[str, Any]:
@@ -201,10 +234,17 @@ def _sizes(pruned: Pruned) -> dict[str, Any]:
     """Density and bytes of the matrices, and bytes of the model: all else is dense."""
     rows = pruned.rows()
     inside = {f"{row['name']}.weight" for row in rows}
-    rest = sum(p.numel() * p.element_size() for name, p in pruned.model.named_parameters() if name not in inside)
-    counted = sum(row["bytes"] for row in rows)
+    rest = _sum(bytes_of(p) for name, p in pruned.model.named_parameters() if name not in inside)
+    counted = _sum(row["bytes"] for row in rows)
     density = sum(row["nnz"] for row in rows) / sum(row["parameters"] for row in rows)
-    return {"density": density, "bytes": counted, "model_bytes": counted + rest}
+    return {"density": density, "bytes": counted, "model_bytes": _sum([counted, rest])}
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where a part is not known."""
+    parts = list(counts)
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _cover(rows: list[dict[str, Any]], b: int) -> float:
@@ -222,9 +262,11 @@ def _line(name: str, row: dict[str, Any]) -> list[str]:
         f"{row['nnz']:,}",
         f"{row['density']:.4f}",
         *covers,
-        f"{row['bytes']:,}",
+        _cell(row, "bytes"),
     ]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    return MODELS[name][1].format(row[name]) if name in row else ""
+    if name not in row:
+        return ""
+    return UNKNOWN if row[name] is None else MODELS[name][1].format(row[name])

@@ -84,7 +84,7 @@ def fingerprint(model: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if not name.endswith(("gate_bias", "gate_query")):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

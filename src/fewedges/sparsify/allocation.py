@@ -4,12 +4,38 @@
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from fewedges.errors import RecipeError
 
 Shape = tuple[int, int]
 """(R, C) of a matrix."""
+
+
+def shares(rule: str, shapes: Mapping[str, Shape], density: float, price: Sequence[str] = ()) -> dict[str, float]:
+    """The density of each matrix by a rule's name: uniform, erk, or cost, at prices such as down_proj=2."""
+    if (rule == "cost") != bool(price):
+        found = f"allocation {rule}, price {list(price)}"
+        raise RecipeError("recipe field price", found, "prices with allocation cost (at equal ones it is uniform) only")
+    if rule == "cost":
+        return by_cost(shapes, density, prices(shapes, price))
+    return {"uniform": uniform, "erk": erk}[rule](shapes, density)
+
+
+def prices(shapes: Mapping[str, Shape], given: Sequence[str]) -> dict[str, float]:
+    """The price of an entry of each matrix, by endings of names ("down_proj=2"; a later one wins); of others 1."""
+    found = dict.fromkeys(shapes, 1.0)
+    for text in given:
+        ending, _, number = text.rpartition("=")
+        names = [name for name in shapes if ending and name.endswith(ending)]
+        if not names or not re.fullmatch(r"\d*\.?\d+", number) or float(number) == 0:
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
+            raise RecipeError(
+                f"recipe field price {text!r}", "no name and number above 0", f"such as down_proj=2: {ends}"
+            )
+        found.update(dict.fromkeys(names, float(number)))
+    return found
 
 
 def uniform(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:

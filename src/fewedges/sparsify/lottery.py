@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fewedges.model.loading import Loaded
-from fewedges.sparsify.masks import Masks
+from fewedges.sparsify.masks import Guard, Masks
 from fewedges.sparsify.matrices import Matrix, matrices_of
 from fewedges.sparsify.pattern import dense
+from fewedges.sparsify.schedule import Moving, Rewinding
 from fewedges.sparsify.score import SCORES, Evidence
 from fewedges.sparsify.select import select, select_global
-from fewedges.weight_recipes import Tickets
+from fewedges.weight_recipes import Structure, Tickets
 
 Train = Callable[[Masks, int, int], Any]
 """train(masks, start, stop): train the model in place under the masks, optimiser steps start to stop - 1. What it
@@ -44,31 +45,69 @@ class Ticket:
 def find_ticket(loaded: Loaded, recipe: Tickets, train: Train, keep_dense: tuple[str, ...] = ()) -> Ticket:
     """Find a ticket in a freshly initialised model; leaves the model trained under the last mask."""
     matrices = matrices_of(loaded, keep_dense)
+    schedule = Rewinding(recipe.rounds, recipe.rate, recipe.steps, recipe.rewind)
     masks = Masks({name: dense(matrix.shape) for name, matrix in matrices.items()})
     train(masks, 0, recipe.rewind)
     early = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     rounds = [{"density": 1.0, "trained": train(masks, recipe.rewind, recipe.steps)}]
-    for _ in range(recipe.rounds):
+    step = recipe.steps
+    while schedule.at(step).rewind:
         masks = smaller(matrices, masks, recipe.rate, recipe.scope)
         rewind_(loaded.model, early, masks)
         rounds.append({"density": masks.density, "trained": train(masks, recipe.rewind, recipe.steps)})
         masks.check(loaded.model, "training a ticket")
+        step += recipe.steps - recipe.rewind
     return Ticket(masks=masks, early=early, rounds=rounds)
 
 
+class Rounds(Moving):
+    """The rounds of a ticket in one loop, step after step; equal to `find_ticket` with AdamW made anew at `rewind`."""
+
+    def __init__(
+        self, guard: Guard, schedule: Rewinding, model: Any, early: dict[str, Tensor], scope: str = "matrix", **how: Any
+    ):
+        super().__init__(guard, schedule)
+        self.rounds, self.model, self.scope, self.how = schedule, model, scope, how
+        self.early = early
+        """Filled at the step gone back to; of a resumed run, what it was filled with."""
+
+    def prepare(self, step: int) -> None:
+        """Call before step `step`: keeps the early weights when they are there, prunes and goes back when due."""
+        state = None if self.guard.optimizer is None else self.guard.optimizer.state
+        due = self.rounds.at(step).rewind
+        if step == self.rounds.rewind:
+            self.early.update({name: value.clone() for name, value in self.model.state_dict().items()})
+        if due:
+            masks = self.guard.masks()
+            masks.check(self.model, "training a ticket")
+            masks = smaller(self.guard.matrices, masks, self.rounds.rate, self.scope, **self.how)
+            self.guard.kept = {name: p.mask().to(self.guard.kept[name].device) for name, p in masks.patterns.items()}
+            rewind_(self.model, self.early, masks)
+        if state is not None and (due or step == self.rounds.rewind):
+            state.clear()
+
+
 @torch.no_grad()
-def smaller(matrices: dict[str, Matrix], masks: Masks, rate: float, scope: str = "matrix") -> Masks:
-    """Prune a fraction `rate` of what is kept, smallest magnitudes first, in every matrix or over all of them."""
-    magnitude = SCORES["magnitude"]
+def smaller(
+    matrices: dict[str, Matrix],
+    masks: Masks,
+    rate: float,
+    scope: str = "matrix",
+    *,
+    score: str = "magnitude",
+    structure: str = "unstructured",
+) -> Masks:
+    """Prune a fraction `rate` of what is kept, lowest scores first, in every matrix or over all of them."""
+    kind = Structure.parse(structure)
     gone = {name: ~masks.patterns[name].mask().to(matrix.weight.device) for name, matrix in matrices.items()}
     scores = {
-        name: magnitude.of(matrix.weight, Evidence()).masked_fill(gone[name], -torch.inf)
+        name: SCORES[score].of(matrix.weight, Evidence()).masked_fill(gone[name], -torch.inf)
         for name, matrix in matrices.items()
     }
-    left = {name: masks.patterns[name].nnz for name in matrices}
+    left = {name: masks.patterns[name].nnz // (kind.n * kind.m) for name in matrices}
     if scope == "global":
-        return Masks(select_global(scores, "unstructured", _less(sum(left.values()), rate)))
-    return Masks({name: select(score, "unstructured", _less(left[name], rate)) for name, score in scores.items()})
+        return Masks(select_global(scores, kind, _less(sum(left.values()), rate)))
+    return Masks({name: select(score, kind, _less(left[name], rate)) for name, score in scores.items()})
 
 
 def rewind_(model: Any, early: dict[str, Tensor], masks: Masks) -> None:

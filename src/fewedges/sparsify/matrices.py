@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fewedges.errors import ModelError, RecipeError
 from fewedges.model.loading import Loaded
+
+MERGE = "fewedges.sparsify.masks.merge_masked(adapted, pruned.masks), which keeps the zeros"
+"""What to do with adapters on a sparse model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,12 @@ class Matrix:
     def weight(self) -> Float[Tensor, "R C"]:
         """The values as (R, C): a view, so writing into it writes the model."""
         return self.oriented(self.parameter.detach())
+
+    @property
+    def values(self) -> Float[Tensor, "R C"]:
+        """The same to be read only, also where codes and scales (torchao's) stand for the numbers."""
+        parameter = self.parameter.detach()
+        return self.oriented(parameter.dequantize() if is_traceable_wrapper_subclass(parameter) else parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,8 +76,9 @@ def blocks_of(loaded: Loaded) -> list[Block]:
     Raises ModelError for adapters, for blocks outside a ModuleList, and for weights that no Linear or Conv1D holds.
     """
     model = loaded.model
-    if hasattr(model, "get_base_model"):
-        raise ModelError(f"prune {loaded.name}", "it carries adapters", "masks.merge_masked_ or merge_and_unload first")
+    if hasattr(model, "get_base_model") or adapted(model):
+        hint = f"merge them first: {MERGE}; merge_and_unload() where the model is dense"
+        raise ModelError(f"prune {loaded.name}", "it carries adapters", hint)
     names = [_block_name(model, layer.module) for layer in loaded.anatomy.layers]
     found = [Block(name, module := model.get_submodule(name), _matrices(name, module)) for name in names]
     parameters = [id(matrix.parameter) for block in found for matrix in block.matrices]
@@ -90,6 +101,26 @@ def chosen(matrices: dict[str, Matrix], keep_dense: Iterable[str]) -> dict[str, 
             names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise RecipeError(f"keep_dense {ending!r}", "no matrix has such a name", f"one of {names}")
     return {name: matrix for name, matrix in matrices.items() if not (endings and name.endswith(endings))}
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that peft has put around others (LoRA), by path."""
+    inner = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == "base_layer"]
+    return {(path := name.rpartition(".")[0]): model.get_submodule(path) for name in inner}
+
+
+def bytes_of(tensor: Tensor) -> int | None:
+    """Bytes a tensor takes up; of one that is made of others (torchao's codes and scales), theirs together.
+
+    None where it is of a kind that does not say what it is made of.
+    """
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor.numel() * tensor.element_size()
+    if not is_traceable_wrapper_subclass(tensor):
+        return None
+    parts = [bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _block_name(model: Any, attention: str) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fewedges.errors import RecipeError
+from fewedges.weight_recipes import Structure
 
 INDEX_BITS = 32
 """Bits of an index or a row pointer in compressed storage."""
@@ -31,6 +32,11 @@ class Pattern:
         if self.kept.dtype != torch.bool or self.kept.dim() < 2:
             found = f"{self.kept.dtype} of shape {tuple(self.kept.shape)}"
             raise RecipeError("a pattern", found, "a bool tensor (..., rows, columns)")
+
+    @property
+    def kind(self) -> str:
+        """The structure as a recipe writes it (unstructured, 2:4, 16x16), or "dense"; `of_kind` reads it."""
+        return "unstructured"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,6 +139,11 @@ class NM(Pattern):
             found = f"a mask {self.shape} that does not keep at most {self.n} of every {self.m}"
             raise RecipeError(f"a {self.n}:{self.m} pattern", found, "select(score, structure='2:4')")
 
+    @property
+    def kind(self) -> str:
+        """N:M."""
+        return f"{self.n}:{self.m}"
+
     def _own_bytes(self, bits: int) -> int:
         groups = self.size // self.m
         return _bytes(groups * self.n * (bits + math.ceil(math.log2(self.m))))
@@ -144,6 +155,11 @@ class Blocks(Pattern):
 
     height: int
     width: int
+
+    @property
+    def kind(self) -> str:
+        """HxW."""
+        return f"{self.height}x{self.width}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,6 +185,11 @@ class Blocks(Pattern):
 class Dense(Pattern):
     """Everything is kept."""
 
+    @property
+    def kind(self) -> str:
+        """Not a structure that one can ask for."""
+        return "dense"
+
     def _own_bytes(self, bits: int) -> int:
         return _bytes(self.size * bits)
 
@@ -176,6 +197,30 @@ class Dense(Pattern):
 def dense(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Dense:
     """The pattern that keeps everything."""
     return Dense(torch.ones(shape, dtype=torch.bool, device=device))
+
+
+def of_kind(mask: Bool[Tensor, "*lead R C"], kind: str) -> Pattern:
+    """The pattern of a kind (see `Pattern.kind`) that keeps these entries; RecipeError where they are not of it."""
+    if kind == "dense" and bool(mask.all()):
+        return Dense(mask)
+    structure = None if kind == "dense" else Structure.parse(kind)
+    if structure is not None and structure.kind == "n:m":
+        return NM(mask, structure.n, structure.m)
+    if structure is not None and structure.kind == "block":
+        blocks = Blocks(mask[..., :: structure.n, :: structure.m], structure.n, structure.m)
+        if blocks.shape == tuple(mask.shape) and torch.equal(blocks.mask(), mask):
+            return blocks
+    if kind != "unstructured":
+        raise RecipeError(f"a pattern of kind {kind}", f"a mask {tuple(mask.shape)} that is not so", "unstructured")
+    return Pattern(mask)
+
+
+def of_kind_if_so(mask: Bool[Tensor, "*lead R C"], kind: str) -> Pattern:
+    """The pattern of this kind where the mask is of it, else the unstructured one."""
+    try:
+        return of_kind(mask, kind)
+    except RecipeError:
+        return Pattern(mask)
 
 
 def _check_block(b: int) -> None:

@@ -29,8 +29,8 @@ from fewedges.sparsify.projecting import fill_, project
 
 Start = Literal["project", "scratch"]
 KIND = "pixelated"
-SLACK = 0.02
-"""How far above its density a layer may come when its rank is rounded to a whole block."""
+RANKS = 8
+"""A rank is a multiple of it where one fits: the kernel copies 16 bytes at a time, 8 numbers of 2 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class Pixelated:
         known = {"name": name, "shape": shape, **asdict(plan), "cell": cell, "density": plan.density(*shape)}
         return {**known, **covers, "error": self.errors.get(name)}
 
-    def save(self, folder: Path | str, model: Any) -> Path:
-        """Write every parameter and persistent buffer of the model, as now trained, and the plans."""
+    def save(self, folder: Path | str, model: Any, **more: Any) -> Path:
+        """Write every parameter and persistent buffer of the model, as now trained, and the plans; `more` are facts."""
         model = model.model if isinstance(model, Loaded) else model
         absent = [n for n in self.plans if not isinstance(dict(model.named_modules()).get(n), PixelatedLinear)]
         if absent:
@@ -76,6 +76,7 @@ class Pixelated:
             "errors": self.errors,
             "model": type(model).__name__,
             "versions": store.versions(),
+            **more,
         }
         store.save(Path(folder), KIND, {"weights": _state(model)}, facts)
         return Path(folder)
@@ -191,12 +192,16 @@ def layer_densities(
 
 
 def plan_for(shape: Shape, density: float, rank_share: float = 0.25, block: int = 32) -> Plan:
-    """The plan that fills a density best.
+    """The plan that spends a density best, and never more than it.
 
     The butterfly gets at most 1 - rank_share of it: the densest (1 + k) / B that fits, on ties the smallest grid,
-    whose cells are the largest; what is left (and up to 2 % more) goes to the low rank, in multiples of the block.
-    Cells are multiples of `block` in both directions, or of the largest smaller power of two that allows a plan.
-    Raises RecipeError when none does.
+    whose cells are the largest. Cells are multiples of `block` in both directions, or of the largest smaller power of
+    two that allows a plan. All that is left goes to the low rank, also what the butterfly's steps leave of its own
+    part, so the rank may hold more than its share. It is rounded down: to a multiple of 8 (of the cells' block where
+    that is smaller), or where not even one of these fits to a whole number. So less than 8 ranks' parameters are not
+    spent, 8 (R + C) / (R C) of the matrix, and there is a low rank wherever its share pays for one of rank 1. With
+    `rank_share` 0 there is none, and what the butterfly leaves is not spent.
+    Raises RecipeError when no butterfly fits.
     """
     if not 0 < density <= 1 or not 0 <= rank_share < 1 or block < 1:
         found = f"density {density}, rank_share {rank_share}, block {block}"
@@ -206,12 +211,17 @@ def plan_for(shape: Shape, density: float, rank_share: float = 0.25, block: int 
         fitting = [p for p in _butterflies(shape, block) if p.density(*shape) <= (1 - rank_share) * density + 1e-12]
         if fitting:
             best = max(fitting, key=lambda plan: (plan.density(*shape), -plan.grid))
-            left = (1 + SLACK) * density * rows * columns - best.parameters(*shape)
-            rank = int(left / (rows + columns) + 1e-9) // block * block if rank_share else 0
-            return Plan(best.grid, best.factors, rank)
+            left = density * rows * columns - best.parameters(*shape)
+            return Plan(best.grid, best.factors, _rank(left / (rows + columns), block) if rank_share else 0)
         block //= 2
     hint = "a higher density, keep_dense for this matrix, or a plan of your own"
     raise RecipeError(f"a butterfly of density {density:.3f}", f"none fits a {rows} x {columns} matrix", hint)
+
+
+def _rank(most: float, block: int) -> int:
+    """The largest rank of at most so many, in the largest steps that give one."""
+    whole, step = int(most + 1e-9), min(RANKS, block)
+    return whole // step * step or whole
 
 
 def _butterflies(shape: Shape, block: int) -> list[Plan]:

@@ -15,12 +15,14 @@ from fewedges.model.loading import Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check as check_probes
 from fewedges.recipes import from_dict, to_dict
-from fewedges.sparsify.masks import Masks
-from fewedges.sparsify.matrices import Matrix, matrices_of, write_
+from fewedges.sparsify.masks import Masks, watch_
+from fewedges.sparsify.matrices import MERGE, Matrix, adapted, bytes_of, matrices_of, write_
 from fewedges.sparsify.pattern import Dense, dense
 from fewedges.sparsify.rounding import Rounded
 
 KIND = "sparse-weights"
+INSIDE = "fewedges"
+"""The folder of a result inside the plain checkpoint that it is uploaded with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,13 @@ class Pruned:
     finished: bool = True
     """False: paused inside its next stage, of which a checkpoint is kept; the same call goes on."""
 
+    def __post_init__(self) -> None:
+        if self.masks.patterns:
+            watch_(self.model, self.masks)
+
     @property
     def model(self) -> Any:
-        """The transformers model; nothing in it is special."""
+        """The transformers model, an ordinary one; a hook on it notices where zeros are lost (`masks.watch_`)."""
         return self.loaded.model
 
     @property
@@ -60,14 +66,20 @@ class Pruned:
         return self.loaded.tokenizer
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a matrix: shape, nnz, density, cover of 16, 32 and 64, bytes of float32 or of its codes."""
+        """One row a matrix: shape, nnz, density, cover of 16, 32 and 64, bytes of what is kept or of its codes.
+
+        Bytes of torchao's tensors are those of all their codes and scales, as they lie in memory: zeros count, and
+        4-bit codes may lie in a byte each. None where a tensor does not say what it is made of.
+        """
         return [self._row(name, matrix) for name, matrix in matrices_of(self.loaded).items()]
 
     def _row(self, name: str, matrix: Matrix) -> dict[str, Any]:
         pattern = self.masks.patterns.get(name) or dense(matrix.shape)
         codes = self.rounded.get(name)
         covers = {f"cover({b})": pattern.cover(b) for b in (16, 32, 64)}
-        if codes is None:
+        if self.backend != "plain":
+            stored = bytes_of(matrix.parameter)
+        elif codes is None:
             stored = pattern.bytes(matrix.parameter.dtype)
         else:
             stored = codes.bytes if isinstance(pattern, Dense) else min(codes.bytes, _sparse_codes(pattern, codes))
@@ -79,12 +91,21 @@ class Pruned:
         if self.backend != "plain":
             hint = "Quantize(backend='reference') to save; quantize by torchao again after loading"
             raise ModelError(f"{after}", f"its weights are {self.backend} tensors", hint)
+        self.check_zeros(after)
+
+    def check_zeros(self, after: str = "a change") -> None:
+        """Raise ModelError if a masked weight is not zero, or if adapters are on, under which no one can tell."""
+        if adapted(self.model):
+            hint = f"{MERGE}, or unload() to drop them"
+            raise ModelError(f"a sparse model after {after}", "it carries adapters (LoRA)", hint)
         self.masks.check(self.model, after)
 
     def __str__(self) -> str:
         made = ", then ".join(type(stage).__name__.lower() for stage in self.stages) or "untouched"
         bits = f", {next(iter(self.rounded.values())).bits} bits" if self.rounded else ""
-        return f"{self.base['name']}: {made}; density {self.masks.density:.4f} of {self.masks.size:,} weights{bits}"
+        masked = f"; density {self.masks.density:.4f} of {self.masks.size:,} weights" if self.masks.patterns else ""
+        smaller = "".join(f"; {name} {value}" for name, value in self.config.items() if isinstance(value, int))
+        return f"{self.base['name']}: {made}{smaller}{masked}{bits}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{self}</pre>"
@@ -106,14 +127,18 @@ class Pruned:
         return Path(folder)
 
     def push_to_hub(self, repository: str, *, private: bool = True) -> str:
-        """Upload the plain checkpoint, with this result's own folder inside; returns its address. Needs a login."""
+        """Upload the plain checkpoint, with this result's own folder inside; returns its address. Needs a login.
+
+        Plain transformers loads what is uploaded; `load` of a copy of it gives this result, masks and all.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
             self.export(folder)
-            self.save(Path(folder) / "fewedges")
+            self.save(Path(folder) / INSIDE)
+            store.save(Path(folder), KIND, {}, {"inside": INSIDE})
             api = HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
@@ -135,9 +160,15 @@ def after(pruned: Pruned, recipe: Any, **changes: Any) -> Pruned:
 def load_pruned(
     folder: Path | str, *, dtype: str | torch.dtype = "float32", device: str = "cpu", probes: bool = True
 ) -> Pruned:
-    """Load a saved result on its base; verify base, names, shapes and every zero. Raises StoreError."""
+    """Load a saved result on its base; verify base, names, shapes, every mask and every zero. Raises StoreError.
+
+    A folder written by `push_to_hub` is the result inside it.
+    """
     folder = Path(folder)
     saved = store.load(folder, KIND)
+    if saved.facts.get("inside") == INSIDE:
+        folder = folder / INSIDE
+        saved = store.load(folder, KIND)
     facts = saved.facts
     loaded = load_dense(facts["base"]["name"], dtype=dtype, device=device, probes=False)
     same = next(loaded.model.parameters()).dtype == getattr(torch, facts["dtype"])
@@ -198,7 +229,7 @@ def _written(model: Any, tensors: dict[str, store.Tensors], facts: dict[str, Any
                 raise ValueError(f"{name} is {tuple(value.shape)}")
             parameters[name].copy_(value)
     shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    masks = Masks.from_tensors(tensors["masks"], shapes)
+    masks = Masks.from_tensors(tensors["masks"], shapes, facts.get("kinds"))  # older runs say none
     for name, values in tensors["values"].items():
         mask = masks.patterns[name].mask()
         weight = torch.zeros(shapes[name], dtype=values.dtype)
@@ -228,6 +259,7 @@ def _facts(pruned: Pruned) -> dict[str, Any]:
         "dtype": str(next(pruned.model.parameters()).dtype).removeprefix("torch."),
         "stages": [to_dict(stage) for stage in pruned.stages],
         "shapes": {name: list(Matrix(name, pruned.model.get_submodule(name)).shape) for name in named},
+        "kinds": pruned.masks.kinds(),
         "rounded": {name: rounded.bits for name, rounded in pruned.rounded.items()},
         "config": pruned.config,
         "density": pruned.masks.density,

@@ -22,7 +22,7 @@ from fewedges.sparsify.calibration import Inputs, calibrated
 from fewedges.sparsify.masks import Masks
 from fewedges.sparsify.matrices import Matrix, chosen, matrices_of, shapes_of, write_
 from fewedges.sparsify.obs import Factor, factorise, prune_columns
-from fewedges.sparsify.pattern import NM, Pattern
+from fewedges.sparsify.pattern import Pattern, of_kind_if_so
 from fewedges.sparsify.pruned import Pruned, after, begin
 from fewedges.sparsify.rounding import Rounded, rounded
 from fewedges.sparsify.score import SCORES, Evidence
@@ -108,8 +108,7 @@ def _text(loaded: Loaded, recipe: Prune, data: str | Path | None) -> Batches:
 def densities(recipe: Prune, matrices: dict[str, Matrix]) -> dict[str, float]:
     """The density of each matrix, by the recipe's allocation (one that scores do not decide)."""
     rule = METHODS[recipe.method].allocation if recipe.allocation == "method" else recipe.allocation
-    share = {"uniform": allocation.uniform, "erk": allocation.erk}[rule]
-    return share(shapes_of(matrices), recipe.density)
+    return allocation.shares(rule, shapes_of(matrices), recipe.density, recipe.price)
 
 
 # -- all matrices at once --------------------------------------------------------------------------------------
@@ -183,25 +182,22 @@ def _by_blocks_(
     codes: dict[str, Rounded] = {}
     options: dict[str, Any] = {"micro_batch": recipe.micro_batch, "precision": recipe.precision}
     for block, seen in calibrated(loaded, tokens, gram=obs, **options):
-        factors: dict[int, Factor] = {}
-        for matrix in block.matrices:
-            if (name := matrix.name) not in matrices:
-                continue
-            density, allowed, inputs = share[name], before.get(name), seen[name]
-            if not obs:
-                patterns[name] = _select_by_norm(matrix, inputs, recipe, density, allowed)
-                continue
-            if id(inputs) not in factors:
-                factors[id(inputs)] = factorise(inputs.gram, len(tokens), recipe.damping, name)
-            patterns[name], code = _solve_(matrix, factors[id(inputs)], recipe, density, allowed)
-            codes.update({name: code} if code is not None else {})
+        prunes = [matrix for matrix in block.matrices if matrix.name in matrices]
+        if obs:
+            done = _solve_block_(prunes, seen, recipe, share, before, len(tokens))
+            patterns.update({name: pattern for name, (pattern, _) in done.items()})
+            codes.update({name: code for name, (_, code) in done.items() if code is not None})
+        else:
+            patterns.update({m.name: _select_by_norm(m, seen[m.name], recipe, share, before) for m in prunes})
         log.info("pruned %s by %s", block.name, recipe.method)
     return patterns, codes
 
 
-def _select_by_norm(matrix: Matrix, inputs: Inputs, recipe: Prune, density: float, allowed: Tensor | None) -> Pattern:
+def _select_by_norm(
+    matrix: Matrix, inputs: Inputs, recipe: Prune, share: dict[str, float], before: dict[str, Tensor]
+) -> Pattern:
     """Wanda: no survivor moves."""
-    row = METHODS[recipe.method]
+    row, density, allowed = METHODS[recipe.method], share[matrix.name], before.get(matrix.name)
     score = SCORES[row.score].of(matrix.weight, Evidence(input_norm=inputs.norm))
     if allowed is not None:
         score = score.masked_fill(~allowed.to(score.device), -torch.inf)
@@ -209,11 +205,29 @@ def _select_by_norm(matrix: Matrix, inputs: Inputs, recipe: Prune, density: floa
     return _written_(matrix, select(score, recipe.structure, density, group), allowed)
 
 
+def _solve_block_(
+    matrices: list[Matrix],
+    seen: dict[str, Inputs],
+    recipe: Prune,
+    share: dict[str, float],
+    before: dict[str, Tensor],
+    windows: int,
+) -> dict[str, tuple[Pattern, Rounded | None]]:
+    """SparseGPT of a block's matrices; those with the same inputs share a factor, and none outlives the block."""
+    factors: dict[int, Factor] = {}
+    done = {}
+    for matrix in matrices:
+        inputs = seen[matrix.name]
+        if id(inputs) not in factors:
+            factors[id(inputs)] = factorise(inputs.gram, windows, recipe.damping, matrix.name)
+        done[matrix.name] = _solve_(matrix, factors[id(inputs)], recipe, share[matrix.name], before.get(matrix.name))
+    return done
+
+
 def _solve_(
     matrix: Matrix, factor: Factor, recipe: Prune, density: float, allowed: Tensor | None
 ) -> tuple[Pattern, Rounded | None]:
     """SparseGPT: the survivors make good what goes."""
-    kind = Structure.parse(recipe.structure)
     solved = prune_columns(
         matrix.weight,
         factor,
@@ -224,7 +238,7 @@ def _solve_(
         group_size=recipe.group_size,
         allowed=None if allowed is None else allowed.to(matrix.weight.device),
     )
-    pattern = NM(solved.mask, kind.n, kind.m) if kind.kind == "n:m" else Pattern(solved.mask)
+    pattern = of_kind_if_so(solved.mask, recipe.structure)  # an earlier mask may have broken its blocks
     if recipe.bits is None or solved.scales is None:
         write_(matrix, solved.weight)
         return pattern, None
@@ -237,6 +251,6 @@ def _solve_(
 def _written_(matrix: Matrix, pattern: Pattern, allowed: Tensor | None) -> Pattern:
     """Write a pattern's zeros; what was already masked stays so."""
     if allowed is not None:
-        pattern = pattern & Pattern(allowed.to(pattern.kept.device))
+        pattern = of_kind_if_so(pattern.mask() & allowed.to(pattern.kept.device), pattern.kind)
     matrix.weight.masked_fill_(~pattern.mask(), 0)
     return pattern

@@ -1,7 +1,8 @@
 """Quantisation: the matrices rounded to 8 or 4 bits; zeros stay zeros.
 
 The plain backend rounds in float (rounding.py) and keeps codes and scales to be saved; the model stays an ordinary
-one. torchao's backend replaces the weights by its tensors, to be run where its kernels are.
+one. torchao's backend replaces the weights by its tensors, to be run where its kernels are; the ledger counts their
+bytes as they lie in memory (IntxWeightOnly keeps 4-bit codes in a byte each).
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ def quantize_(what: Loaded | Pruned, recipe: Quantize) -> Pruned:
     matrices = matrices_of(start.loaded)
     if recipe.backend == "torchao":
         _by_torchao_(start, matrices, recipe)
-        return after(start, recipe, backend="torchao")
+        return after(start, recipe, backend="torchao", rounded={})
     codes = {name: rounded(matrix.weight, recipe.bits, recipe.group_size) for name, matrix in matrices.items()}
     for name, code in codes.items():
         write_(matrices[name], code.dequantise())
@@ -43,11 +44,9 @@ def _by_torchao_(start: Pruned, matrices: dict[str, Matrix], recipe: Quantize) -
         raise RecipeError("backend torchao", "the package is missing", "pip install 'fewedges[quantize]'") from error
     chosen = {id(matrix.module) for matrix in matrices.values()}
     ao.quantize_(start.model, _config(ao, recipe), filter_fn=lambda module, _: id(module) in chosen)
-    for name, pattern in start.masks.patterns.items():
-        values: Any = matrices[name].parameter.detach()
-        lost = int((values.dequantize().float()[~pattern.mask().to(values.device)] != 0).sum())
-        if lost:
-            raise ModelError(f"quantize {name} by torchao", f"{lost} zeros are lost", "backend reference")
+    if lost := start.masks.lost(start.model):
+        name, count = next(iter(lost.items()))
+        raise ModelError(f"quantize {name} by torchao", f"{count} zeros are lost", "backend reference")
 
 
 def _config(ao: Any, recipe: Quantize) -> Any:

@@ -1,4 +1,4 @@
-"""The verb `sparsify`, one for every method: a recipe, or several in a row (prune, then distil, then quantize).
+"""The verb `sparsify`, one for every method: a recipe, or several in a row (prune, then train, then quantize).
 
 With a folder the result is saved after every stage, and the same call goes on where an earlier one stopped.
 """
@@ -17,27 +17,34 @@ from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention import result
 from fewedges.sparsify.attention.result import Sparse
 from fewedges.sparsify.attention.watching import Record
+from fewedges.sparsify.pixelated import PixelatedModel, load_pixelated, recoverable
 from fewedges.sparsify.pruned import Pruned, begin, load_pruned
 from fewedges.sparsify.pruning import prune_
 from fewedges.sparsify.quantizing import quantize_
-from fewedges.sparsify.recovery import distil_
-from fewedges.weight_recipes import Distil, Prune, Quantize, Rewire, Tickets
+from fewedges.sparsify.recovery import train_
+from fewedges.sparsify.schedule import schedule_of
+from fewedges.weight_recipes import Distil, Prune, Quantize, Rewind, Tickets, Train, Training
 
-Stage = Prune | Distil | Quantize
+Stage = Prune | Distil | Quantize | Train
+KINDS = "a list of Prune, Distil, Quantize, Train, Rewire, Gradual and Rewind"
 Data = str | Path | Batches | None
 
 
 @overload
 def sparsify(model: Loaded | Sparse | Pruned, recipe: SparseAttention | None = None, **options: Any) -> Sparse: ...
 @overload
-def sparsify(model: Loaded | Sparse | Pruned, recipe: Stage | Sequence[Stage], **options: Any) -> Pruned: ...
+def sparsify(
+    model: Loaded | Sparse | Pruned, recipe: Stage | Tickets | Sequence[Stage | Tickets], **options: Any
+) -> Pruned: ...
 def sparsify(model: Any, recipe: Any = None, **options: Any) -> Any:
     """Make a copy of a model sparse, by any method; `model` is left alone.
 
     A `SparseAttention` (the default) post-trains attention that keeps few edges and gives a `Sparse`: its options
-    are those of `sparsify.attention.result.sparsify`. A `Prune`, `Distil` or `Quantize`, or a list of them, works on
-    the weights and gives a `Pruned`: `sparsify_weights`.
+    are those of `sparsify.attention.result.sparsify`. A `Prune`, `Distil`, `Quantize`, or a recipe that trains with
+    a mask (`Train`, `Rewire`, `Gradual`, `Rewind`), or a list of them, works on the weights and gives a `Pruned`:
+    `sparsify_weights`. A model that went through `pixelate_` can be distilled.
     """
+    model = recoverable(model, recipe)
     if recipe is None or isinstance(recipe, SparseAttention):
         if isinstance(model, Pruned):
             found = "its weights are sparse, and attention training would not hold their zeros"
@@ -48,7 +55,7 @@ def sparsify(model: Any, recipe: Any = None, **options: Any) -> Any:
 
 def sparsify_weights(
     model: Loaded | Pruned,
-    stages: Stage | Sequence[Stage],
+    stages: Stage | Tickets | Sequence[Stage | Tickets],
     *,
     data: Data = None,
     out: Path | str | None = None,
@@ -58,11 +65,12 @@ def sparsify_weights(
 ) -> Pruned:
     """Work on a copy of a model's weights, stage after stage; `model` is left alone.
 
-    `data` is a text file, folder or hub dataset (distillation reads at most `max_tokens`), or a source of batches;
+    `data` is a text file, folder or hub dataset (training reads at most `max_tokens`), or a source of batches;
     "addition" needs none, nor do random, magnitude and quantization. With `out`, saved there after every stage and
-    resumed from there. Where `pause_minutes` ends a distillation early the result is not `finished`.
+    resumed from there. Where `pause_minutes` ends a training early the result is not `finished`.
     """
     stages = _checked(model, stages)
+    model = recoverable(model, stages)
     folder = Path(out) if out is not None else None
     if folder is not None and any(isinstance(stage, Quantize) and stage.backend == "torchao" for stage in stages):
         raise RecipeError("sparsify with a folder", "torchao's tensors are to be run, not saved", "backend reference")
@@ -75,11 +83,11 @@ def sparsify_weights(
         write_recipe(whole, folder / "recipe.yaml")
     for number in range(len(now.stages), len(whole)):
         stage = whole[number]
-        if isinstance(stage, Distil):
-            beside = None if folder is None else folder / f"distil-{number}"
+        if isinstance(stage, Training):
+            beside = None if folder is None else folder / f"{type(stage).__name__.lower()}-{number}"
             batches = _batches(now.loaded, stage, data, max_tokens)
             options: dict[str, Any] = {"pause_minutes": pause_minutes, "watch": watch}
-            now = distil_(now, stage, batches, teacher=teacher, folder=beside, **options)
+            now = train_(now, stage, batches, teacher=teacher, folder=beside, **options)
         else:
             now = quantize_(now, stage) if isinstance(stage, Quantize) else prune_(now, stage, data)
         if not now.finished:
@@ -94,18 +102,25 @@ def _checked(model: Any, stages: Any) -> tuple[Stage, ...]:
     given = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
     if isinstance(model, Sparse):
         raise ModelError("sparsify weights", "the model has gated attention", "the dense model")
+    given = tuple(_stage_of(stage) if isinstance(stage, Tickets) else stage for stage in given)
     for stage in given:
-        if isinstance(stage, Rewire | Tickets):
-            found = f"{type(stage).__name__} trains from random weights, in a training loop of your own"
-            raise RecipeError("sparsify", found, "rewiring.rewired or lottery.find_ticket: scripts/tickets_addition.py")
         if not isinstance(stage, Stage):
-            raise RecipeError("sparsify in stages", type(stage).__name__, "a list of Prune, Distil and Quantize")
+            raise RecipeError("sparsify in stages", type(stage).__name__, KINDS)
+        if isinstance(stage, Train):
+            schedule_of(stage)  # refused before anything is done
     if not given:
-        raise RecipeError("sparsify", "no stage", "a list of Prune, Distil and Quantize")
+        raise RecipeError("sparsify", "no stage", KINDS)
     return given
 
 
-def _batches(loaded: Loaded, recipe: Distil, data: Any, max_tokens: int | None) -> Batches:
+def _stage_of(tickets: Tickets) -> Rewind:
+    """The same by density; how it is trained is as `Rewind` has it by default."""
+    rule = "global" if tickets.scope == "global" else "uniform"
+    density, rounds = tickets.density, tickets.rounds
+    return Rewind(density=density, rounds=rounds, rewind=tickets.rewind, steps=tickets.steps, allocation=rule)
+
+
+def _batches(loaded: Loaded, recipe: Training, data: Any, max_tokens: int | None) -> Batches:
     """The source of batches that `data` names."""
     if hasattr(data, "at"):
         return data
@@ -114,7 +129,10 @@ def _batches(loaded: Loaded, recipe: Distil, data: Any, max_tokens: int | None) 
 
         return Sums(seed=recipe.seed)
     if data is None:
-        raise RecipeError("distil", "no data", 'data="my_text/" (a file or folder of text)')
+        raise RecipeError(type(recipe).__name__.lower(), "no data", 'data="my_text/" (a file or folder of text)')
+    if (longest := loaded.anatomy.positions) is not None and recipe.context_length > longest:
+        found = f"{recipe.context_length}, the model has {longest} positions"
+        raise RecipeError("recipe field context_length", found, f"at most {longest}")
     from fewedges.data.text import read_text
 
     options: dict[str, Any] = {"context_length": recipe.context_length, "seed": recipe.seed, "max_tokens": max_tokens}
@@ -130,7 +148,8 @@ def _resumed(folder: Path | None, start: Pruned, whole: tuple[Stage, ...], data:
     if folder is None or not store.is_stored(folder):
         return None
     device = str(next(start.model.parameters()).device)
-    saved = load_pruned(folder, dtype=next(start.model.parameters()).dtype, device=device, probes=False)
+    read = load_pixelated if isinstance(start, PixelatedModel) else load_pruned
+    saved = read(folder, dtype=next(start.model.parameters()).dtype, device=device, probes=False)
     hint = "the same model, recipe and data, or another --out folder"
     if saved.base != start.base:
         raise StoreError(f"resume {folder}", f"it is made from another model, {saved.base['name']}", hint)

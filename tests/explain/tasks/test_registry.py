@@ -3,7 +3,7 @@ import inspect
 import pytest
 
 from fewedges.errors import DataError
-from fewedges.explain.tasks import TASKS, Prompts, prompts_for
+from fewedges.explain.tasks import TASKS, Prompts, prompts_for, read_options
 
 
 @pytest.mark.stays
@@ -39,3 +39,13 @@ def test_an_unknown_task_or_option_is_refused_with_those_there_are(tok):
         prompts_for("greater_than", tok, seeds=3)
     with pytest.raises(DataError, match="its options: path, corrupt, metric, skip"):
         prompts_for("x.csv", tok, templates=1)
+
+
+@pytest.mark.says
+def test_options_are_read_from_words_of_the_command_line():
+    words = ["corruption=s2_io_flip", "length=30", "skip=true", "layouts=[0, 1]"]
+    assert read_options(words) == {"corruption": "s2_io_flip", "length": 30, "skip": True, "layouts": [0, 1]}
+    assert read_options([]) == {}
+    for bad, found in (("length", "no name=value"), ("=3", "no name=value"), ("a b=3", "no name"), ("x=[1", "no YAML")):
+        with pytest.raises(DataError, match=found):
+            read_options([bad])

@@ -8,7 +8,7 @@ A new task is a file with a `generate(tokenizer, count, seed, **options) -> Prom
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,17 @@ from fewedges.explain.tasks import addition, docstring, files, greater_than, ind
 from fewedges.explain.tasks.prompts import Metric, Prompts
 from fewedges.explain.tasks.solved import Solved, accuracy, check_solved, last_logits
 
-__all__ = ["TASKS", "Metric", "Prompts", "Solved", "accuracy", "check_solved", "last_logits", "prompts_for"]
+__all__ = [
+    "TASKS",
+    "Metric",
+    "Prompts",
+    "Solved",
+    "accuracy",
+    "check_solved",
+    "last_logits",
+    "prompts_for",
+    "read_options",
+]
 
 COUNT = 128
 TASKS: dict[str, Callable[..., Prompts]] = {
@@ -45,6 +55,22 @@ def prompts_for(task: str | Path, tokenizer: Any, count: int | None = None, seed
         raise DataError(f"task {task!r}", "no such task", f"{', '.join(TASKS)}, or a .csv, .jsonl or .json file")
     check_options(task, make, options)
     return make(tokenizer, COUNT if count is None else count, seed, **options)
+
+
+def read_options(words: Sequence[str]) -> dict[str, Any]:
+    """Read a task's options from words like `corruption=abc` or `layouts=[0,1]`: a value is read as YAML."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise DataError(f"task option {word!r}", "no name=value", "corruption=s2_io_flip, length=30, skip=true")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise DataError(f"task option {word!r}", "a value that is no YAML", "name=value") from error
+    return options
 
 
 def check_options(task: str | Path, make: Callable[..., Prompts], options: dict[str, Any]) -> None:

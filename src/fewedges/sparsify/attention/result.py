@@ -276,7 +276,7 @@ def load(
     device: str = "cpu",
     probes: bool = True,
 ) -> "Sparse | Loaded | Pruned":
-    """Load a saved run (sparse attention, or sparse weights) or a dense model (hub id, folder, .gguf, built-in).
+    """Load a saved run (attention, weights, pixelated) or a dense model (hub id, folder, .gguf, built-in).
 
     `smollm2-sparse` (the fewest edges) and `smollm2-few-heads` (the smallest circuits) are runs that come with the
     package; their base comes with `fewedges get smollm2`.
@@ -287,10 +287,10 @@ def load(
         found = "it is a sparse run and has gate biases of its own"
         raise RecipeError(f"load {name} with gate_bias={gate_bias}", found, "no gate_bias, or a dense checkpoint")
     if store.is_stored(name):
-        from fewedges.sparsify.pruned import KIND as PRUNED
-        from fewedges.sparsify.pruned import load_pruned
+        from fewedges.sparsify import pixelate, pixelated, pruned
 
-        read = load_pruned if store.read_manifest(Path(name))["kind"] == PRUNED else load_sparse
+        kinds = {pruned.KIND: pruned.load_pruned, pixelate.KIND: pixelated.load_pixelated}
+        read = kinds.get(store.read_manifest(Path(name))["kind"], load_sparse)
         return read(name, dtype=dtype, device=device, probes=probes)
     dense = load_dense(name, dtype=dtype, device=device, probes=probes)
     return dense if gate_bias is None else gates_only(dense, gate_bias)
