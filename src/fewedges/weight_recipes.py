@@ -394,7 +394,5 @@ def _check_names(recipe: object, fields: str) -> None:
             raise bad(field, value, "that is a list of names")
 
 
-WEIGHT_RECIPES: dict[str, type] = {
-    **{"prune": Prune, "quantize": Quantize, "distil": Distil, "tickets": Tickets},
-    **{"train": Train, "rewire": Rewire, "gradual": Gradual, "rewind": Rewind},
-}
+WEIGHT_RECIPES: dict[str, type] = {"prune": Prune, "quantize": Quantize, "distil": Distil, "tickets": Tickets}
+WEIGHT_RECIPES |= {"train": Train, "rewire": Rewire, "gradual": Gradual, "rewind": Rewind}
