@@ -293,17 +293,28 @@ class Train(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewire(Train):
+class Stepwise(Train):
+    """What trainings share in which the mask changes every so many steps."""
+
+    every: int | None = None
+    """Steps between two changes of the mask. None: 100, or a tenth of the steps where that is less."""
+    until: float = 0.75
+    """Fraction of the steps after which the mask rests; a density is reached by then."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "until", lambda x: 0 < x <= 1, "in (0, 1]")
+        check(self, "every", lambda x: x > 0, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewire(Stepwise):
     """Training with a mask that moves: RigL (Evci et al. 2020, arXiv:1911.11134), or SET (2018, arXiv:1707.04780)."""
 
     schedule: ClassVar[str] = "cosine"
 
     method: str = "rigl"
     """A row of the table: rigl or set."""
-    every: int | None = None
-    """Steps between two rewirings. None: 100, or a tenth of the steps where that is less."""
-    until: float = 0.75
-    """Fraction of the steps after which the mask rests."""
     drop: float = 0.3
     """Fraction of the kept entries that the first rewiring moves; falls to 0 by a cosine."""
     grow: Literal["method", "gradient", "random"] = "method"
@@ -311,12 +322,11 @@ class Rewire(Train):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "until drop", lambda x: 0 < x <= 1, "in (0, 1]")
-        check(self, "every", lambda x: x > 0, "more than 0")
+        check(self, "drop", lambda x: 0 < x <= 1, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(Train):
+class Gradual(Stepwise):
     """Training while the mask closes, fast at first (Zhu and Gupta 2017, arXiv:1710.01878)."""
 
     schedule: ClassVar[str] = "cubic"
@@ -324,15 +334,6 @@ class Gradual(Train):
 
     method: str = "gradual"
     """A row of the table: gradual."""
-    every: int | None = None
-    """Steps between two prunings. None: 100, or a tenth of the steps where that is less."""
-    until: float = 0.75
-    """Fraction of the steps at which the density is reached."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "until", lambda x: 0 < x <= 1, "in (0, 1]")
-        check(self, "every", lambda x: x > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
