@@ -61,6 +61,10 @@ class SparseAttention:
     """Price of an edge by head index (one number per head); empty: 1 everywhere."""
     head_closing: float = 0.0
     """Close whole heads: an edge's price times (mean edges of a head / its own head's) to this power. 0: one price."""
+    path_closing: float = 0.0
+    """Fewer paths through the layers: an edge's price times ((mean edges of a layer + 1) / (its own + 1)) to this."""
+    layer_budgets: tuple[float, ...] = ()
+    """Edges by layer, in proportion: a layer pays by the share it keeps over the share meant for it. Empty: none."""
 
     multiplier_start: float = 2e-3
     """Price of one edge per query per head, in nats, at step 0."""
@@ -123,7 +127,9 @@ class SparseAttention:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = "slack kl_weight loss_weight head_closing weight_decay warmup_steps anneal_steps anneal_from"
+        positive = (
+            "slack kl_weight loss_weight head_closing path_closing weight_decay warmup_steps anneal_steps anneal_from"
+        )
         _check(self, positive, lambda x: x >= 0, "at least 0")
         strictly = (
             "target_edges target_heads multiplier_start head_multiplier_start multiplier_rate multiplier_width "
@@ -138,6 +144,7 @@ class SparseAttention:
         _check(self, "loss_margin bias_start", lambda x: True, "that is a finite number")
         _check(self, "graph cooling gate_query compiled", lambda x: True, "true or false")
         _check(self, "layer_weights head_weights", lambda xs: all(x >= 0 for x in xs), "at least 0")
+        _check(self, "layer_budgets", lambda xs: all(x > 0 for x in xs), "more than 0")
         _check(self, "adam_betas", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "that is two of [0, 1)")
         for name, choices in _choices(self):
             if getattr(self, name) not in choices:

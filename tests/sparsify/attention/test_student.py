@@ -306,7 +306,7 @@ def test_lora_without_peft_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.survives
-@pytest.mark.parametrize(("field", "wanted"), [("layer_weights", 2), ("head_weights", 4)])
+@pytest.mark.parametrize(("field", "wanted"), [("layer_weights", 2), ("layer_budgets", 2), ("head_weights", 4)])
 def test_prices_that_do_not_fit_the_model_are_refused(field, wanted):
     dense = tiny_loaded()
     with pytest.raises(RecipeError, match=f"{field}: 3 numbers.*{wanted}, one for each"):

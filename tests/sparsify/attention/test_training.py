@@ -879,10 +879,52 @@ def test_head_closing_descends_the_sum_of_logarithms():
     assert leaf.grad[0, 0, 1, 0] > 20 * leaf.grad[1, 0, 1, 0]  # the nearly closed head pays most: measured 48 times
 
 
+def uneven_layers():
+    expected = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return expected * torch.tensor([0.01, 1.0, 6.0], dtype=torch.float64)[:, None, None, None]
+
+
+@pytest.mark.matches
+def test_path_closing_descends_the_logarithm_of_the_number_of_paths():
+    """Paths counted one by one: in every layer a path stays, or takes one of the layer's edges."""
+    leaf, twin = uneven_layers().requires_grad_(), uneven_layers().requires_grad_()
+    priced_edges(leaf, recipe(path_closing=1.0)).backward()
+    a, b, c = twin.mean(dim=(1, 3)).sum(1)
+    paths = 1 + a + b + c + a * b + a * c + b * c + a * b * c
+    ((torch.stack([a, b, c]).mean().detach() + 1) * paths.log() / 12).backward()
+    assert torch.allclose(leaf.grad, twin.grad, rtol=2e-15, atol=0)  # measured 3e-16, float64
+    assert leaf.grad[0, 0, 0, 0] > 4 * leaf.grad[2, 0, 0, 0]  # the layer that is nearly closed pays most
+
+
+@pytest.mark.matches
+def test_a_layer_pays_for_its_share_over_its_budget():
+    expected, budgets = uneven_layers(), (1.0, 2.0, 5.0)
+    kept = [sum(expected[x, b, h, q].item() for b in range(2) for h in range(4) for q in range(5)) for x in range(3)]
+    slow = [e / 10 * (e / 10 / (sum(kept) / 10 + RARE)) * 8 / budget for e, budget in zip(kept, budgets, strict=True)]
+    found = priced_edges(expected, recipe(layer_budgets=budgets)).item()
+    assert found == pytest.approx(sum(slow) / 12, rel=2e-15)  # measured 3e-16
+    total = sum(kept)
+    to_budget = (
+        expected * torch.tensor([b * total / e / 8 for b, e in zip(budgets, kept, strict=True)])[:, None, None, None]
+    )
+    leaf = to_budget.requires_grad_()
+    priced_edges(leaf, recipe(layer_budgets=budgets)).backward()
+    assert torch.allclose(leaf.grad, torch.full_like(leaf, 1 / 120), rtol=1e-2)  # all alike but for RARE
+
+
 @pytest.mark.stays
-def test_head_closing_leaves_like_heads_alone():
+@pytest.mark.parametrize("closing", [{"head_closing": 1.0}, {"path_closing": 1.0}])
+def test_closing_leaves_likes_alone(closing):
     expected = torch.full((2, 1, 3, 4), 0.7)
-    assert torch.equal(priced_edges(expected, recipe(head_closing=1.0)), priced_edges(expected, recipe()))
+    assert torch.equal(priced_edges(expected, recipe(**closing)), priced_edges(expected, recipe()))
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("closing", [{"head_closing": 1.0}, {"path_closing": 1.0}, {"layer_budgets": (1.0, 2.0)}])
+def test_closing_everything_leaves_finite_gradients(closing):
+    leaf = torch.zeros(2, 1, 3, 4, requires_grad=True)
+    priced_edges(leaf, recipe(**closing)).backward()
+    assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.matches
@@ -964,7 +1006,9 @@ def test_a_layer_without_a_price_keeps_its_edges():
 
 
 @pytest.mark.survives
-@pytest.mark.parametrize(("field", "given"), [("layer_weights", (1.0,)), ("head_weights", (1.0,) * 5)])
+@pytest.mark.parametrize(
+    ("field", "given"), [("layer_weights", (1.0,)), ("layer_budgets", (1.0,)), ("head_weights", (1.0,) * 5)]
+)
 def test_weights_that_do_not_fit_the_model_are_refused_by_name(field, given):
     with pytest.raises(RecipeError, match=f"{field}.*{len(given)} numbers"):
         post_train(dense(), recipe(**{field: given}), NoiseBatches())

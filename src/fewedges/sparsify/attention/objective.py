@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -98,19 +99,37 @@ RARE = 0.01
 def priced_edges(expected: Float[Tensor, "L B H Q"], recipe: SparseAttention) -> Float[Tensor, ""]:
     """The regulariser: expected edges per query per head, weighted by layer and head, meaned over all of them.
 
-    `head_closing` c weighs head h with edges e_h by ((mean e + RARE) / (e_h + RARE)) ** c, held constant in the
-    gradient: reweighted l1 over heads (Candes, Wakin, Boyd 2008, arXiv:0711.1612), which for c = 1 descends the sum of
-    log(e_h + RARE). The edges are those of this micro-batch.
+    Three weights come from the edges themselves, e_lh of a head and e_l, their sum over a layer's heads; they are those
+    of this micro-batch, and held constant in the gradient (reweighting, as Candes, Wakin, Boyd 2008, arXiv:0711.1612,
+    do for l1).
+
+    - `head_closing` c: ((mean e_lh + RARE) / (e_lh + RARE)) ** c; c = 1 descends the sum of log(e_lh + RARE).
+    - `path_closing` p: ((mean e_l + 1) / (e_l + 1)) ** p; p = 1 descends the sum over layers of log(1 + e_l). That is
+      the logarithm of the number of paths into a query, which stays in the residual stream in a layer or takes one
+      of its e_l edges.
+    - `layer_budgets` b: layer l's share of all edges over b_l's share of all budgets.
     """
     by_head = expected.mean(dim=(1, 3))  # (L, H)
+    now = by_head.detach()
+    in_layer = now.sum(dim=1, keepdim=True)  # (L, 1)
     if recipe.head_closing:
-        now = by_head.detach() + RARE
-        by_head = by_head * (now.mean() / now) ** recipe.head_closing
+        by_head = by_head * ((now.mean() + RARE) / (now + RARE)) ** recipe.head_closing
+    if recipe.path_closing:
+        by_head = by_head * ((in_layer.mean() + 1) / (in_layer + 1)) ** recipe.path_closing
+    if recipe.layer_budgets:
+        budgets = _constant(recipe.layer_budgets, by_head.dtype, by_head.device)[:, None]
+        by_head = by_head * (in_layer / (in_layer.sum() + RARE)) * (budgets.sum() / budgets)
     if recipe.layer_weights:
-        by_head = by_head * by_head.new_tensor(recipe.layer_weights)[:, None]
+        by_head = by_head * _constant(recipe.layer_weights, by_head.dtype, by_head.device)[:, None]
     if recipe.head_weights:
-        by_head = by_head * by_head.new_tensor(recipe.head_weights)
+        by_head = by_head * _constant(recipe.head_weights, by_head.dtype, by_head.device)
     return by_head.mean()
+
+
+@cache
+def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n"]:
+    """A recipe's numbers on the device, copied once: while a CUDA graph is captured nothing may be."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def priced_heads(expected: Float[Tensor, "L B H Q"]) -> Float[Tensor, ""]:

@@ -130,10 +130,11 @@ def _with_adapters(student: Any, recipe: SparseAttention) -> Any:
 
 
 def _check_against(recipe: SparseAttention, anatomy: Anatomy) -> None:
-    for name, wanted in (("layer_weights", len(anatomy.layers)), ("head_weights", anatomy.heads)):
+    layers = len(anatomy.layers)
+    for name, wanted in (("layer_weights", layers), ("layer_budgets", layers), ("head_weights", anatomy.heads)):
         given = len(getattr(recipe, name))
         if given not in (0, wanted):
             raise RecipeError(f"recipe field {name}", f"{given} numbers", f"{wanted}, one for each, or none")
-    heads = len(anatomy.layers) * anatomy.heads
+    heads = layers * anatomy.heads
     if recipe.target_heads is not None and recipe.target_heads > heads:
         raise RecipeError("recipe field target_heads", f"{recipe.target_heads} of {heads} heads", "fewer, or none")
