@@ -2,41 +2,66 @@
 
     python scripts/circuit_figures.py results/circuits docs/figures
 
-draws, light and dark, RESULTS/../circuits-TASK.json of four tasks (smollm2-few-heads) as one figure (explained-effect),
-the same with mean ablation (RESULTS/few-heads/mean; explained-effect-mean), both for RESULTS/sparse
-(explained-effect-sparse, -sparse-mean), and the two circuits of Greater Than in few-heads side by side (connectivity).
-Prints what share of each circuit's edges MLPs write.
+draws, light and dark, RESULTS/../circuits-TASK.json of four tasks (smollm2-few-heads) as one figure
+(explained-effect), with bands over prompts and a second seed (RESULTS/few-heads/seed-1), the same with mean ablation
+(RESULTS/few-heads/mean; explained-effect-mean), both for RESULTS/sparse (explained-effect-sparse, -sparse-mean), and
+the two circuits of Greater Than in few-heads side by side (connectivity). Prints what share of each circuit's edges
+MLPs write, and writes the ratios over both seeds to RESULTS/few-heads/seeds.json.
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from attention_circuits import NAMES
 
+from fewedges import store
 from fewedges.explain.explaining import read_explained
+from fewedges.explain.over_seeds import ratio_over_seeds
 from fewedges.pictures import draw_circuits, draw_effects
+
+FOLDERS = {"few-heads": "", "few-heads/mean": "-mean", "sparse": "-sparse", "sparse/mean": "-sparse-mean"}
 
 
 def main(results: Path, out: Path) -> None:
-    ends = {"few-heads": "", "few-heads/mean": "-mean", "sparse": "-sparse", "sparse/mean": "-sparse-mean"}
-    for name, end in ends.items():
-        folder = results.parent if name == "few-heads" else results / name
-        paths = {title: folder / f"circuits-{task}.json" for task, title in NAMES.items()}
-        found = {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
+    for name, end in FOLDERS.items():
+        found = read(results.parent if name == "few-heads" else results / name)
+        again = read(results / name / "seed-1")
+        others = [[again[title]] if title in again else [] for title in found]
+        models = f"SmolLM2-135M and smollm2-{name.partition('/')[0]}"
         for theme in ("light", "dark"):
-            models = f"SmolLM2-135M and smollm2-{name.partition('/')[0]}"
-            files = draw_effects(
-                list(found.values()), out / f"explained-effect{end}-{theme}", title=models, theme=theme
-            )
+            path = out / f"explained-effect{end}-{theme}"
+            files = draw_effects(list(found.values()), path, title=models, theme=theme, again=others)
             if not end:
                 files += draw_circuits(found["Greater Than"], out / f"connectivity-{theme}", theme=theme)
             print(*files, sep="\n")
         if not end:
             print_shares(found)
+            store.write_text(results / name / "seeds.json", json.dumps(over_seeds(found, again), indent=1) + "\n")
 
 
-def print_shares(found) -> None:
+def read(folder: Path) -> dict:
+    """Title -> what was found, of the tasks that are there."""
+    paths = {title: folder / f"circuits-{task}.json" for task, title in NAMES.items()}
+    return {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
+
+
+def over_seeds(found: dict, again: dict) -> dict:
+    """By task, count and model: each seed's ratio to dense at 0.9, their geometric mean, its interval."""
+    rows: dict = {}
+    for title, second in again.items():
+        runs = [found[title], second]
+        for count in ("edges", "heads"):
+            for label in ("sparse", "control"):
+                mean, low, high = ratio_over_seeds(runs, count, label=label)
+                each = [run.ratio(count, label=label) for run in runs]
+                rows.setdefault(title, {})[f"{count}, {label}"] = {"seeds": each, "mean": mean, "interval": [low, high]}
+                print(f"{title}, {count}, dense / {label}: {mean:.2f} ({low:.2f} to {high:.2f}) of {each}")
+    return rows
+
+
+def print_shares(found: dict) -> None:
     """How many of a circuit's edges an MLP writes, or both ends are MLPs, by task and model."""
     for title, one in found.items():
         for label, edges in one.circuits.items():

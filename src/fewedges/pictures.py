@@ -41,14 +41,22 @@ def draw_explained(found: Sequence[Any], out: Path, *, name: str = "", theme: st
     return files
 
 
-def draw_effects(found: Sequence[Any], stem: Path, *, title: str = "", theme: str = "light") -> list[Path]:
-    """Write the curves of explained tasks, one column each; the title says models, ablation and prompts."""
+def draw_effects(
+    found: Sequence[Any], stem: Path, *, title: str = "", theme: str = "light", again: Sequence[Sequence[Any]] = ()
+) -> list[Path]:
+    """Write the curves of explained tasks, one column each; the title says models, ablation and prompts.
+
+    `again` holds, for each task, the results of runs with other seeds: bands are then over seeds and prompts.
+    """
     from fewedges.draw import save
     from fewedges.draw.curve import explained_effect
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     title = "; ".join([title or ", ".join(sorted({one.model for one in found})), *_protocol(found)])
-    return save(explained_effect([_effects(one) for one in found], title=title, theme=theme), stem)
+    seeds = max((1 + len(others) for others in again), default=1)
+    interval = "95% interval" if seeds == 1 else f"95% interval, prompts and {seeds} seeds"
+    effects = [_effects(one, others) for one, others in zip(found, again or [()] * len(found), strict=True)]
+    return save(explained_effect(effects, title=title, interval=interval, theme=theme), stem)
 
 
 def _protocol(found: Sequence[Any]) -> list[str]:
@@ -115,36 +123,32 @@ def _of_attention(task: Any, title: str) -> Any:
     return replace(task, title=title, edges=edges, heads=[curve for curve in task.heads if "random" not in curve.label])
 
 
-def _effects(found: Any) -> Any:
+def _effects(found: Any, again: Sequence[Any] = ()) -> Any:
     """Dense first, sparse last: what draw compares. Between them the control and random circuits."""
     from fewedges.draw.curve import Effects
+    from fewedges.explain.over_seeds import check_alike
 
+    check_alike([found, *again])
     labels = [label for label in ("dense", "control", "dense, random", "sparse") if label in found.curves]
-    shown = {count: [_curve(found.curves[label], label, count) for label in labels] for count in ("edges", "heads")}
+    seen = {label: [one.curves[label] for one in (found, *again) if label in one.curves] for label in labels}
+    shown = {count: [_curve(seen[label], label, count) for label in labels] for count in ("edges", "heads")}
     return Effects(title=found.task, edges=shown["edges"], heads=shown["heads"])
 
 
-def _curve(found: Any, label: str, count: str) -> Any:
-    """One model's line, where a count that repeats is drawn once, at the best circuit that has it."""
+def _curve(seen: Sequence[Any], label: str, count: str) -> Any:
+    """The first run's line, where a count that repeats is drawn once, at its best circuit; and the band of all runs."""
     import numpy as np
 
     from fewedges.draw.curve import Curve
+    from fewedges.explain.over_seeds import band
 
-    sizes, effect, (low, high) = getattr(found, count), found.explained, _band(found)
+    found, (low, high) = seen[0], band(seen, count)
+    sizes, effect = getattr(found, count), found.explained
     kept = [np.flatnonzero(sizes == size)[effect[sizes == size].argmax()] for size in np.unique(sizes)]
     reached = getattr(found, f"{count}_at")(0.9)
     at = float(reached) if np.isfinite(reached) else None
     named = label.replace("dense, random", "random circuits")
     return Curve(label=named, edges=sizes[kept], effect=effect[kept], low=low[kept], high=high[kept], reached=at)
-
-
-def _band(found: Any, samples: int = 500) -> Any:
-    """The 95 % bootstrap interval of every circuit's effect, prompts drawn with replacement."""
-    import numpy as np
-
-    count = len(found.full)
-    rows = np.random.default_rng(0).integers(count, size=(samples, count))
-    return np.quantile(np.stack([found.of(some).explained for some in rows]), [0.025, 0.975], axis=0)
 
 
 def _circuit(found: Any, label: str) -> Any:

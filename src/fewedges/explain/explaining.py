@@ -59,14 +59,14 @@ class Explained:
 
     def ratio(self, count: str = "edges", level: float = 0.9, label: str = "sparse") -> float:
         """How many times fewer edges (or heads) than in the dense model explain this share of the effect."""
-        return _ratio(self.curves["dense"], self.curves[label], count, level)
+        return times_fewer(self.curves["dense"], self.curves[label], count, level)
 
     def ratio_interval(self, count: str = "edges", level: float = 0.9, label: str = "sparse") -> tuple[float, float]:
         """Its 95 % bootstrap interval: the same prompts drawn for both models."""
         dense, other = self.curves["dense"], self.curves[label]
         draw = np.random.default_rng(self.facts.get("seed", 0))
         rows = draw.integers(len(dense.full), size=(self.facts.get("samples", 1000), len(dense.full)))
-        found = [_ratio(dense.of(some), other.of(some), count, level) for some in rows]
+        found = [times_fewer(dense.of(some), other.of(some), count, level) for some in rows]
         known = np.nan_to_num(np.array(found), nan=1.0, posinf=np.inf)
         low, high = np.quantile(known, [0.025, 0.975], method="nearest")
         return float(low), float(high)
@@ -194,7 +194,8 @@ def _untrained(dense: Loaded, prompts: Prompts, solved: dict[str, Any]) -> dict[
     return {} if solved[UNTRAINED].trouble else {UNTRAINED: gated}
 
 
-def _ratio(dense: Curve, other: Curve, count: str, level: float) -> float:
+def times_fewer(dense: Curve, other: Curve, count: str = "edges", level: float = 0.9) -> float:
+    """Edges (or heads) of the one over those of the other where each first explains `level`; inf, 0, NaN if never."""
     first, second = (getattr(found, f"{count}_at")(level) for found in (dense, other))
     return first / max(second, 1e-9) if np.isfinite(first) or np.isfinite(second) else float("nan")
 

@@ -1,0 +1,88 @@
+"""One task explained in several runs that differ in their seed alone: ratios and bands over seeds and prompts.
+
+A bootstrap draw takes as many runs as there are, and as many prompts, both with replacement, and the same prompts for
+every run and for the dense model. With few runs the interval says more of prompts than of seeds: two draw each other
+half of the time.
+
+Shapes: K circuit.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Real
+
+from fewedges.errors import DataError
+from fewedges.explain.circuit import Curve
+from fewedges.explain.explaining import Explained, times_fewer
+
+SHARE = (0.025, 0.975)
+SAME = ("ablation", "method", "steps", "how", "split", "grid", "nodes")
+"""Facts that runs must share; results before November 2026 do not name the last three."""
+
+
+def ratio_over_seeds(
+    runs: Sequence[Explained], count: str = "edges", level: float = 0.9, label: str = "sparse"
+) -> tuple[float, float, float]:
+    """How many times fewer edges (or heads) than in the dense model, the geometric mean of the runs; and its interval.
+
+    DataError where the runs were not measured alike.
+    """
+    check_alike(runs)
+    dense, others = runs[0].curves["dense"], [run.curves[label] for run in runs]
+    draw = np.random.default_rng(runs[0].facts.get("seed", 0))
+    found = []
+    for _ in range(runs[0].facts.get("samples", 1000)):
+        prompts = draw.integers(len(dense.full), size=len(dense.full))
+        drawn = [others[i].of(prompts) for i in draw.integers(len(others), size=len(others))]
+        found.append(_mean_ratio(dense.of(prompts), drawn, count, level))
+    known = np.nan_to_num(np.array(found), nan=1.0, posinf=np.inf)
+    low, high = np.quantile(known, SHARE, method="nearest")
+    return _mean_ratio(dense, others, count, level), float(low), float(high)
+
+
+def band(
+    curves: Sequence[Curve], count: str = "edges", samples: int = 500
+) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]]:
+    """The 95 % interval of the explained effect at the first curve's sizes, of one run or over several.
+
+    Another run's circuits have other sizes: its effect is read between them, straight over the logarithm of the size.
+    """
+    prompts, sizes = len(curves[0].full), getattr(curves[0], count)
+    draw = np.random.default_rng(0)
+    rows = draw.integers(prompts, size=(samples, prompts))
+    which = draw.integers(len(curves), size=(samples, len(curves)))
+    found = [
+        np.mean([_effect_at(curves[i].of(some), count, sizes) for i in drawn], axis=0)
+        for some, drawn in zip(rows, which, strict=True)
+    ]
+    low, high = np.quantile(np.stack(found), SHARE, axis=0)
+    return low, high
+
+
+def check_alike(runs: Sequence[Explained]) -> None:
+    """DataError unless there are runs, of one task, the same prompts and the same search."""
+    if not runs:
+        raise DataError("runs over seeds", "none", "at least one result of `fewedges explain`")
+    first = runs[0]
+    for other in runs[1:]:
+        named = [name for name in SAME if name in first.facts and name in other.facts]
+        changed = [name for name in named if first.facts[name] != other.facts[name]]
+        prompts = [run.facts.get("prompts", {}).get("sha256") for run in (first, other)]
+        changed += ["prompts"] * (prompts[0] != prompts[1]) + ["task"] * (first.task != other.task)
+        if changed:
+            found = f"they differ in {', '.join(changed)}"
+            raise DataError(f"{first.task} over {len(runs)} runs", found, "runs that differ in their seed alone")
+
+
+def _mean_ratio(dense: Curve, others: Sequence[Curve], count: str, level: float) -> float:
+    ratios = [times_fewer(dense, other, count, level) for other in others]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if all(x > 0 for x in ratios) else float("nan")
+
+
+def _effect_at(curve: Curve, count: str, sizes: Real[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:
+    own = getattr(curve, count)
+    if np.array_equal(own, sizes):
+        return curve.explained
+    return np.interp(np.log(np.maximum(sizes, 0.5)), np.log(np.maximum(own, 0.5)), curve.explained)
