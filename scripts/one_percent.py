@@ -146,11 +146,9 @@ def print_cases(cases):
 
 
 def table(args):
-    """All ways over six densities, as the verb has it."""
+    """All ways over six densities, as the verb has it; the same command goes on where it was stopped."""
     common = {"device": args.device, "dtype": args.dtype, "repeats": args.repeats, "clock": args.clock}
-    found = hardware(shapes=TABLE[args.device], watch=tell, **common)
-    found.save(args.out)
-    print(found)
+    print(hardware(shapes=TABLE[args.device], watch=tell, out=args.out, **common))
 
 
 def draw(results, figures):

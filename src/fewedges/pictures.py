@@ -46,7 +46,8 @@ def draw_effects(
 ) -> list[Path]:
     """Write the curves of explained tasks, one column each; the title says models, ablation and prompts.
 
-    `again` holds, for each task, the results of runs with other seeds: bands are then over seeds and prompts.
+    `again` holds, for each task, the results of runs with other seeds: lines are then their mean, ratios geometric
+    means, bands over seeds and prompts.
     """
     from fewedges.draw import save
     from fewedges.draw.curve import explained_effect
@@ -54,7 +55,7 @@ def draw_effects(
     stem.parent.mkdir(parents=True, exist_ok=True)
     title = "; ".join([title or ", ".join(sorted({one.model for one in found})), *_protocol(found)])
     seeds = max((1 + len(others) for others in again), default=1)
-    interval = "95% interval" if seeds == 1 else f"95% interval, prompts and {seeds} seeds"
+    interval = "95% interval" if seeds == 1 else f"mean of {seeds} seeds, 95% interval over seeds and prompts"
     effects = [_effects(one, others) for one, others in zip(found, again or [()] * len(found), strict=True)]
     return save(explained_effect(effects, title=title, interval=interval, theme=theme), stem)
 
@@ -136,17 +137,16 @@ def _effects(found: Any, again: Sequence[Any] = ()) -> Any:
 
 
 def _curve(seen: Sequence[Any], label: str, count: str) -> Any:
-    """The first run's line, where a count that repeats is drawn once, at its best circuit; and the band of all runs."""
+    """The mean line of all runs and their band; a count that repeats is drawn once, at its best circuit."""
     import numpy as np
 
     from fewedges.draw.curve import Curve
-    from fewedges.explain.over_seeds import band
+    from fewedges.explain.over_seeds import band, crossing, line
 
-    found, (low, high) = seen[0], band(seen, count)
-    sizes, effect = getattr(found, count), found.explained
+    sizes, effect, (low, high) = getattr(seen[0], count), line(seen, count), band(seen, count)
     kept = [np.flatnonzero(sizes == size)[effect[sizes == size].argmax()] for size in np.unique(sizes)]
-    reached = getattr(found, f"{count}_at")(0.9)
-    at = float(reached) if np.isfinite(reached) else None
+    reached = crossing(seen, count)
+    at = reached if np.isfinite(reached) else None
     named = label.replace("dense, random", "random circuits")
     return Curve(label=named, edges=sizes[kept], effect=effect[kept], low=low[kept], high=high[kept], reached=at)
 

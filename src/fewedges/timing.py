@@ -4,6 +4,8 @@ Imports torch only inside the verb.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,13 +46,14 @@ def hardware(
         densities: Fractions of the weights that are kept.
         rows: Input vectors M; default 256 on cpu, 8192 on cuda.
         ways: Only these, such as csr "bsr 32" pixelated; default all, and what this device cannot do says why.
-        repeats: Timed runs of each, interleaved with dense; default 30.
+        repeats: Timed runs of each, interleaved with dense; default 30, of a way that is very slow fewer, at least 5.
         quick: One shape, three densities, 10 repeats where these are not given.
         clock: On cpu: wall time, or CPU time of the one thread (OMP_NUM_THREADS=1), for a machine others use too.
         seed: Of weights, patterns and the order of runs.
         theme: Light or dark background.
-        out: Folder for hardware.json, hardware.csv and two pictures: speed-up against density, and what a block costs;
-            default: nothing is written.
+        out: Folder for hardware.json and hardware.csv, written after every round (a shape at a density), and at the
+            end two pictures: speed-up against density, and what a block costs. The same command goes on where a run
+            was stopped; default: nothing is written.
         json: Print one json object instead of tables.
     """
     from fewedges.measure.speed import hardware as timed
@@ -58,8 +61,9 @@ def hardware(
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    asked = {"shapes": shapes, "densities": densities, "rows": rows, "ways": ways, "repeats": repeats}
-    found = timed(model, device=device, dtype=dtype, quick=quick, clock=clock, seed=seed, watch=tell, **asked)
+    asked = {"device": device, "shapes": shapes, "densities": densities, "rows": rows, "ways": ways, "repeats": repeats}
+    with _stopping(out):
+        found = timed(model, dtype=dtype, quick=quick, clock=clock, seed=seed, out=out, watch=tell, **asked)
     files = []
     if out is not None:
         files = [*found.save(out), *_pictures(found.to_dict(), out, theme)]
@@ -68,6 +72,21 @@ def hardware(
     else:
         print_table(found)
         print(*found.advice(), *files, sep="\n")
+
+
+@contextmanager
+def _stopping(out: Path | None) -> Iterator[None]:
+    """Say after Ctrl-C what is in the folder, if something is."""
+    from fewedges.errors import Interrupted
+    from fewedges.measure.hardware import JSON, Hardware
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if out is None or not (out / JSON).exists():
+            raise
+        left = f"stopped, {Hardware.load(out).unfinished or 'all rounds'} are in {out}"
+        raise Interrupted("SIGINT", left, "the same command again: it goes on") from stop
 
 
 def _pictures(found: dict[str, Any], out: Path, theme: str) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 from fewedges.errors import DataError
 from fewedges.explain.circuit import Curve
 from fewedges.explain.explaining import Explained
-from fewedges.explain.over_seeds import band, check_alike, ratio_over_seeds
+from fewedges.explain.over_seeds import band, check_alike, crossing, line, ratio_over_seeds
 
 
 def curve(sizes, effects, prompts=6, spread=0.0, seed=0):
@@ -70,14 +70,24 @@ def test_a_band_over_runs_reads_another_run_between_its_sizes():
     # at 10: half-way from 1 to 100 in the logarithm; at 1,000: half-way from 100 to 10,000
     assert low == pytest.approx([0.2, 0.4, 0.7])
     assert high == pytest.approx([0.2, 0.7, 1.0])
+    assert line([first, second]) == pytest.approx([0.2, 0.55, 0.85])
+
+
+@pytest.mark.matches
+def test_sizes_where_runs_reach_a_level_are_put_together_as_ratios_are():
+    runs = [run(250), run(100)]
+    at = crossing([one.curves["sparse"] for one in runs])
+    assert at == pytest.approx(1000 / ratio_over_seeds(runs)[0], rel=1e-12)
 
 
 @pytest.mark.survives
 def test_a_run_that_never_reaches_the_level_leaves_a_ratio_of_nothing():
     never = replace(run(250), curves={**run(250).curves, "sparse": curve((10, 100, 1000), (0.1, 0.2, 0.3))})
     mean, low, high = ratio_over_seeds([never, run(250)])
-    assert np.isnan(mean)
-    assert (low, high) == pytest.approx((1, 4), rel=1e-12)  # draws without a ratio count as no gain
+    assert (mean, low) == (0, 0)
+    assert high == pytest.approx(4, rel=1e-12)
+    assert never.ratio_interval() == (0, 0)  # as one run says
+    assert crossing([never.curves["sparse"], run(250).curves["sparse"]]) == float("inf")
 
 
 @pytest.mark.says
@@ -85,14 +95,20 @@ def test_a_run_that_never_reaches_the_level_leaves_a_ratio_of_nothing():
     ("other", "what"),
     [
         (run(100, ablation="zero"), "ablation"),
+        (run(100, gim=True), "gim"),
+        (replace(run(100), model="other"), "model"),
+        (
+            replace(run(100), curves={**run(100).curves, "dense": curve((10, 1000), (0.5, 1.0), prompts=5)}),
+            "what the dense",
+        ),
         (run(100, prompts={"sha256": "2"}), "prompts"),
         (replace(run(100), task="docstring"), "task"),
     ],
 )
 def test_runs_that_were_not_measured_alike_are_refused(other, what):
     with pytest.raises(DataError, match=f"ioi over 2 runs.*differ in {what}.*seed alone"):
-        check_alike([run(250), other])
-    check_alike([run(250), run(100, method="eap")])  # the first does not say how it was found
+        check_alike([run(250, gim=False), other])
+    check_alike([run(250), run(100, method="eap", samples=9)])  # the first does not say how it was found
 
 
 @pytest.mark.says

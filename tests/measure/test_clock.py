@@ -1,5 +1,8 @@
 """Timing: what is called how often, whose bytes are counted. No test asserts a time."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +44,48 @@ def test_the_order_is_drawn_and_comes_from_the_seed():
     assert order(0) == order(0) != order(1)
     first = [order(0)[repeat * 5 : repeat * 5 + 5] for repeat in range(8)]
     assert len({tuple(one) for one in first}) > 1
+
+
+def on_a_fake_clock(costs, **rest):
+    """Times of calls that cost these milliseconds, and the names of all calls in order."""
+    now, made = [0.0], []
+
+    def call(name):
+        made.append(name)
+        now[0] += costs[name] / 1e3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(clock.CLOCKS, "wall", lambda: now[0])
+        return interleaved({name: partial(call, name) for name in costs}, CPU, **rest), made
+
+
+@pytest.mark.matches
+def test_a_slow_call_takes_part_in_the_first_repeats_and_dense_in_all():
+    costs = {"dense": 300.0, "fast": 1.0, "middling": 70.0, "slow": 250.0, "crawling": 600.0}
+    found, made = on_a_fake_clock(costs, repeats=30, seconds=2.0, always=["dense"])
+    # of 2,000 ms: 28 calls of 70 less 3 warm-ups, 8 of 250 less 1, 3 of 600 and so the least
+    counts = {"dense": 30, "fast": 30, "middling": 25, "slow": 7, "crawling": clock.LEAST}
+    assert {name: len(times) for name, times in found.items()} == counts
+    assert all(times == pytest.approx([costs[name]] * counts[name]) for name, times in found.items())
+    warm_ups = {"dense": 3, "fast": 3, "middling": 3, "slow": 1, "crawling": 1}
+    start = sum(warm_ups.values())
+    assert Counter(made[:start]) == warm_ups
+    for repeat in range(30):
+        present = {name for name, count in counts.items() if repeat < count}
+        assert set(made[start : start + len(present)]) == present
+        start += len(present)
+    assert start == len(made)
+
+
+@pytest.mark.stays
+@settings(max_examples=30, deadline=None)
+@given(ms=st.floats(0.1, 5000), seconds=st.floats(0.1, 3), repeats=st.integers(3, 30))
+def test_a_bounded_call_costs_no_more_than_its_seconds_or_has_the_least_repeats(ms, seconds, repeats):
+    found, made = on_a_fake_clock({"x": ms}, repeats=repeats, seconds=seconds)
+    count = len(found["x"])
+    assert min(clock.LEAST, repeats) <= count <= repeats
+    assert count <= clock.LEAST or len(made) * ms <= 1e3 * seconds * (1 + 1e-9)
+    assert count == repeats or (len(made) + 1) * ms >= 1e3 * seconds * (1 - 1e-9)  # no more would fit
 
 
 @pytest.mark.matches

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fewedges.errors import DataError
+from fewedges.errors import DataError, StoreError
 from fewedges.measure.hardware import FIELDS, Hardware
 
 FACTS = {
@@ -122,7 +122,13 @@ def test_the_csv_starts_with_the_columns_of_every_benchmark_here():
 
 
 @pytest.mark.survives
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{}], "facts": {}}', '{"rows": [1], "facts": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "{}", '{"rows": [{}], "facts": {}}', '{"rows": [1], "facts": {}}', '{"rows": [], "facts": []}'),
+        *(f'{{"rows": [], "facts": {{"unfinished": {text}}}}}' for text in ('{"of": 2}', '{"of": 2, "rounds": [{}]}')),
+    ],
+)
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path, text):
     (tmp_path / "hardware.json").write_text(text)
     with pytest.raises(DataError, match=r"Hardware\.save"):
@@ -153,6 +159,43 @@ def test_a_reason_that_holds_at_some_densities_says_at_which():
     why = {"why": "no plan", "what": "csr", "shape": "8x8", "asked": 0.01}
     refused = Hardware(rows=[row("csr", 0.1, 2.0, shape="8x8"), why], facts=FACTS).tables()[1]
     assert refused[1] == [["csr", "8x8 at 0.01", "no plan"]]
+
+
+@pytest.mark.survives
+def test_a_file_from_before_runs_could_be_resumed_still_loads(tmp_path):
+    planted().save(tmp_path)
+    found = Hardware.load(tmp_path)
+    assert not {"unfinished", "starts", "way_seconds"} & set(found.facts)
+    assert (found.unfinished, found.shapes()) == ("", ["1024x4096"])
+    assert "median of 30 runs, ways" in found.protocol()
+
+
+@pytest.mark.survives
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="can be written"):
+        planted().save(tmp_path / "file")
+
+
+@pytest.mark.says
+def test_a_run_that_was_stopped_says_so_and_nothing_of_the_model_as_a_whole():
+    rounds = [{"shape": "1024x4096", "density": 0.1, "dense_ms": [10.0, 11.0]}]
+    model = {"name": "tiny", "counts": {"1024x4096": 2, "8x8": 2}}
+    found = planted(unfinished={"of": 12, "rounds": rounds}, model=model)
+    assert found.unfinished == "1 of 12 rounds"
+    assert found.advice()[0] == "Unfinished: 1 of 12 rounds were timed."
+    assert found.protocol().endswith("Unfinished: 1 of 12 rounds.")
+    assert found.whole() is None
+    assert not [line for line in found.advice() if line.startswith("tiny")]
+    assert "nfinished" not in str(planted())
+
+
+@pytest.mark.says
+def test_the_protocol_names_the_ways_that_had_fewer_repeats():
+    rows = [row("dense", 1.0, 1.0, repeats=12), row("bsr 32", 0.5, 0.1, repeats=9), row("masked", 0.5, 0.9)]
+    rows += [row("csr", d, 0.1, repeats=n) for d, n in ((0.1, 12), (0.2, 30), (0.5, 5))]
+    said = Hardware(rows=rows, facts=FACTS).protocol()
+    assert "median of 30 runs (slow ways fewer: bsr 32 9, csr 5 to 12), ways and dense interleaved" in said
 
 
 @pytest.mark.says

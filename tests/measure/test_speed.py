@@ -110,6 +110,49 @@ def test_the_faster_of_two_calls_is_timed(planted, monkeypatch):
 
 
 @pytest.mark.matches
+@pytest.mark.parametrize(
+    ("ms", "tries", "best"),
+    [
+        ({"W @ x.T": [[250.0], []], "F.linear(x, W)": [[240.0], []]}, [2], "F.linear(x, W)"),
+        ({"W @ x.T": [[250.0], []], "F.linear(x, W)": [[90.0], []]}, [2], "F.linear(x, W)"),
+        ({"W @ x.T": [[4.0], [5.0, 3.0, 6.0]], "F.linear(x, W)": [[3.5], [4.0, 4.0, 9.0]]}, [2, 2], "W @ x.T"),
+    ],
+)
+def test_slow_calls_are_tried_once(planted, monkeypatch, ms, tries, best):
+    """Planted: what each call takes at the first try, and in the three after it."""
+    made = []
+
+    def interleaved(runs, device, repeats=30, **_):
+        if "dense" in runs:
+            return {name: [5.0] * repeats for name in runs}
+        made.append(len(runs))
+        return {name: ms[name][repeats > 1] for name in runs}
+
+    monkeypatch.setattr(speed, "interleaved", interleaved)
+    found = hardware(**{**SMALL, "densities": [0.1]}, ways=["csr"])
+    assert (made, found.rows[1]["how"]) == (tries, best)
+
+
+@pytest.mark.matches
+def test_a_way_with_fewer_repeats_is_compared_with_dense_in_these(planted, monkeypatch):
+    dense, ours, asked = [10.0, 20.0, 30.0, 1.0, 1.0, 1.0, 1.0], [200.0, 500.0, 300.0], []
+
+    def interleaved(runs, device, repeats=30, **rest):
+        asked.append((rest["seconds"], rest["always"]))
+        return {"dense": dense, "masked": ours}
+
+    monkeypatch.setattr(speed, "interleaved", interleaved)
+    found = hardware(shapes=["64x128"], densities=[0.5], rows=4, repeats=7, ways=["masked"])
+    whole, row = found.rows
+    cuts = statistics.quantiles([0.05, 0.04, 0.1], n=10)
+    assert (row["repeats"], row["dense_ms_p50"], row["ms_p50"], row["speedup"]) == (3, 20.0, 300.0, 20 / 300)
+    assert (row["speedup_p20"], row["speedup_p80"]) == (pytest.approx(cuts[1]), pytest.approx(cuts[7]))
+    assert (whole["repeats"], whole["ms_p50"]) == (7, 1.0)
+    assert asked == [(found.facts["way_seconds"], ["dense"])]
+    assert "(slow ways fewer: masked 3)" in found.protocol()
+
+
+@pytest.mark.matches
 def test_errors_are_against_float64(planted, monkeypatch):
     def off(case):
         built = WAYS["dense"].build(case)

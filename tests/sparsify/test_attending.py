@@ -12,6 +12,8 @@ from fewedges.errors import ModelError, RecipeError
 from fewedges.model.attention import attention_by, dense_attention, register
 from fewedges.model.probes import causal, decode, padding
 from fewedges.sparsify.attending import (
+    ROOM,
+    Laid,
     attend_,
     attending,
     block_mask,
@@ -203,10 +205,40 @@ def test_layers_with_one_rule_lay_it_once_for_a_mask_and_anew_when_the_mask_chan
     changed = laid.kept(mask, query, key)
     assert torch.equal(changed.mask[:1], first.mask)
     assert torch.equal(changed.mask[1, :, 3:, 3:], first.mask[0, :, : LENGTH - 3, : LENGTH - 3])
-    with torch.inference_mode():  # a mask that cannot tell of changes is laid every time
+    with torch.inference_mode():  # a mask made here has no version: its entries are looked at
         there = mask.clone()
-        assert laid.kept(there, query, key) is not laid.kept(there, query, key)
+        before = laid.kept(there, query, key)
+        assert laid.kept(there, query, key) is before
+        there[0, :, :, :2] = False
+        after = laid.kept(there, query, key)
+        assert after is not before
+        assert not torch.equal(after.mask, before.mask)
     assert not copy.deepcopy(laid)._seen
+
+
+@pytest.mark.stays
+@pytest.mark.parametrize("length", [None, LENGTH])
+def test_tokens_that_come_one_by_one_share_what_is_laid(length, monkeypatch):
+    sizes, lay = [], Laid._lay
+    monkeypatch.setattr(Laid, "_lay", lambda self, n: sizes.append(n) or lay(self, n))
+    laid = Laid(Strided(3), 4, length, "masked")
+    for n in range(4, LENGTH + 1):
+        assert torch.equal(laid.pattern(n), Strided(3)(n).mask()[None])
+    assert sizes == ([4, 5 + ROOM] if length is None else [4])
+    assert laid.pattern(7).shape == (1, 7, 7)  # a new text sees the corner
+    moving = Laid(BigBird(1, 1), 4, None, "masked")
+    for n in (6, 7, 8):
+        assert torch.equal(moving.pattern(n), BigBird(1, 1)(n).mask()[None])
+
+
+@pytest.mark.stays
+def test_patterns_for_a_while_leave_those_from_before():
+    loaded = tiny_loaded("llama")
+    attend_(loaded.model, loaded.anatomy, LAYERS)
+    before = logits(loaded.model, tokens())
+    with attending(loaded.model, loaded.anatomy, Local(2)):
+        assert not torch.allclose(logits(loaded.model, tokens()), before)
+    assert torch.equal(logits(loaded.model, tokens()), before)
 
 
 @pytest.mark.matches

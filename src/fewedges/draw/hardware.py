@@ -85,7 +85,7 @@ def speedups(
         down = -(-len(names) // across)
         panel = (TWO_COLUMNS - LEFT - RIGHT - (ACROSS - 1) * GAP) / ACROSS
         width = LEFT + across * panel + (across - 1) * GAP + RIGHT
-        facts = wrap(facts_of(found["facts"], looks, list(absent)), width - 0.1, SMALL)
+        facts = wrap(facts_of(found["facts"], looks, list(absent), timed), width - 0.1, SMALL)
         foot = 0.1 + 0.12 * len(facts) + LINE * (len(looks) + 1.5)
         figure = Figure(figsize=(width, foot + BELOW + down * HIGH + (down - 1) * BETWEEN + ABOVE + bool(title) * 0.2))
         limits = axis_limits(timed, found["facts"])
@@ -242,11 +242,16 @@ def entry_style(own: Look, look: Theme) -> dict[str, Any]:
     return {"color": own.colour(look), "ls": own.dash, "lw": own.width, "markevery": [1], **mark}
 
 
-def facts_of(facts: Mapping[str, Any], timed: Collection[str], absent: Sequence[str]) -> str:
+def facts_of(
+    facts: Mapping[str, Any], timed: Collection[str], absent: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Where it was measured, how, and what could not be had there."""
     known = [device_of(facts), facts.get("dtype"), f"{facts['M']:,} input vectors"]
     clock = ", CPU time of the thread" if facts.get("clock") == "thread" else ""
-    known += [f"median of {facts['repeats']} runs{clock}, band p20 to p80"] if "repeats" in facts else []
+    repeats = facts.get("repeats")
+    fewer = " (slow ways fewer)" if any(0 < (row.get("repeats") or 0) < (repeats or 0) for row in rows) else ""
+    known += [f"median of {repeats} runs{fewer}{clock}, band p20 to p80"] if repeats else []
+    known += ["unfinished"] if "unfinished" in facts else []
     if not any(what.endswith(OURS) for what in timed) and any(what.endswith(OURS) for what in absent):
         absent = [*(what for what in absent if not what.endswith(OURS)), "the triton kernels"]
     known += [f"not here: {', '.join(absent)}"] if absent else []

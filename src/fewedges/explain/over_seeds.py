@@ -1,4 +1,4 @@
-"""One task explained in several runs that differ in their seed alone: ratios and bands over seeds and prompts.
+"""One task explained in several runs that differ in their seed alone: ratios, lines and bands over seeds and prompts.
 
 A bootstrap draw takes as many runs as there are, and as many prompts, both with replacement, and the same prompts for
 every run and for the dense model. With few runs the interval says more of prompts than of seeds: two draw each other
@@ -18,8 +18,8 @@ from fewedges.explain.circuit import Curve
 from fewedges.explain.explaining import Explained, times_fewer
 
 SHARE = (0.025, 0.975)
-SAME = ("ablation", "method", "steps", "how", "split", "grid", "nodes")
-"""Facts that runs must share; results before November 2026 do not name the last three."""
+OWN = ("controls", "complements", "memory", "samples", "versions", "device", "manifest", "graphs", "exported")
+"""Facts that may differ from run to run; of the others, those that both name must be the same."""
 
 
 def ratio_over_seeds(
@@ -27,7 +27,7 @@ def ratio_over_seeds(
 ) -> tuple[float, float, float]:
     """How many times fewer edges (or heads) than in the dense model, the geometric mean of the runs; and its interval.
 
-    DataError where the runs were not measured alike.
+    A run that never gets there makes it 0. DataError where the runs were not measured alike.
     """
     check_alike(runs)
     dense, others = runs[0].curves["dense"], [run.curves[label] for run in runs]
@@ -37,9 +37,21 @@ def ratio_over_seeds(
         prompts = draw.integers(len(dense.full), size=len(dense.full))
         drawn = [others[i].of(prompts) for i in draw.integers(len(others), size=len(others))]
         found.append(_mean_ratio(dense.of(prompts), drawn, count, level))
-    known = np.nan_to_num(np.array(found), nan=1.0, posinf=np.inf)
+    known = np.nan_to_num(np.array(found), nan=1.0, posinf=np.inf)  # neither model gets there: no gain
     low, high = np.quantile(known, SHARE, method="nearest")
     return _mean_ratio(dense, others, count, level), float(low), float(high)
+
+
+def line(curves: Sequence[Curve], count: str = "edges") -> Float[np.ndarray, "K"]:
+    """The explained effect at the first curve's sizes, the mean over runs."""
+    sizes = getattr(curves[0], count)
+    return np.mean([_effect_at(curve, count, sizes) for curve in curves], axis=0)
+
+
+def crossing(curves: Sequence[Curve], count: str = "edges", level: float = 0.9) -> float:
+    """Where runs reach the level: the geometric mean of their sizes there; inf if one never does."""
+    sizes = [getattr(curve, f"{count}_at")(level) for curve in curves]
+    return math.exp(sum(math.log(max(size, 1e-9)) for size in sizes) / len(sizes))
 
 
 def band(
@@ -67,10 +79,13 @@ def check_alike(runs: Sequence[Explained]) -> None:
         raise DataError("runs over seeds", "none", "at least one result of `fewedges explain`")
     first = runs[0]
     for other in runs[1:]:
-        named = [name for name in SAME if name in first.facts and name in other.facts]
+        named = sorted(first.facts.keys() & other.facts.keys() - set(OWN))
         changed = [name for name in named if first.facts[name] != other.facts[name]]
-        prompts = [run.facts.get("prompts", {}).get("sha256") for run in (first, other)]
-        changed += ["prompts"] * (prompts[0] != prompts[1]) + ["task"] * (first.task != other.task)
+        changed += [name for name in ("task", "model") if getattr(first, name) != getattr(other, name)]
+        dense = [run.curves["dense"].full for run in (first, other)]
+        changed += ["what the dense model does"] * (
+            len(dense[0]) != len(dense[1]) or not np.allclose(*dense, rtol=1e-3)
+        )
         if changed:
             found = f"they differ in {', '.join(changed)}"
             raise DataError(f"{first.task} over {len(runs)} runs", found, "runs that differ in their seed alone")
@@ -78,7 +93,9 @@ def check_alike(runs: Sequence[Explained]) -> None:
 
 def _mean_ratio(dense: Curve, others: Sequence[Curve], count: str, level: float) -> float:
     ratios = [times_fewer(dense, other, count, level) for other in others]
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if all(x > 0 for x in ratios) else float("nan")
+    if 0 in ratios:
+        return 0.0
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def _effect_at(curve: Curve, count: str, sizes: Real[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:

@@ -7,7 +7,7 @@ as they do in a model whose other layers ran in between. On a GPU the time is be
 import random
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WARM_UPS = 3
+SLOW_MS = 100.0
+"""A call that takes this long is warm after one."""
+LEAST = 5
+"""Repeats of a call, however slow."""
 FLUSH_MIB = {"cuda": 256, "cpu": 64}
 """What is written before a timed call: more than the last cache of an H100 (50 MiB), of most desktop CPUs (32)."""
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
@@ -34,16 +38,28 @@ def interleaved(
     seed: int = 0,
     warm_ups: int = WARM_UPS,
     clock: str = "wall",
+    seconds: float | None = None,
+    always: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call in every repeat; a repeat makes each call once, in an order drawn anew."""
-    for run in runs.values():
+    """Milliseconds of every call in every repeat; a repeat makes each call once, in an order drawn anew.
+
+    `seconds` bounds what a call costs in all, warm-ups included: one that is too slow takes part in the first repeats
+    only, as many as fit and LEAST at least, so that its times are fewer. Calls named in `always` take part in all. A
+    bounded call has to have been made before: what only a first call does (compiling) is no measure of the next.
+    """
+    counts = dict.fromkeys(runs, repeats)
+    for name, run in runs.items():
+        if seconds is not None and name not in always:
+            counts[name] = _fitting(run, device, warm_ups, 1e3 * seconds, CLOCKS[clock])
+            continue
         for _ in range(warm_ups):
             run()
     cold = torch.empty(FLUSH_MIB[device.type] * 2**20, dtype=torch.int8, device=device)
     timed: Timed = _cuda_time if device.type == "cuda" else partial(_cpu_time, CLOCKS[clock])
     draw, found = random.Random(seed), {name: [] for name in runs}
-    for _ in range(repeats):
-        for name in draw.sample(list(runs), len(runs)):
+    for repeat in range(repeats):
+        takes_part = [name for name in runs if repeat < counts[name]]
+        for name in draw.sample(takes_part, len(takes_part)):
             found[name].append(timed(runs[name], cold))
     _synchronize(device)
     return {name: [read() for read in times] for name, times in found.items()}
@@ -82,6 +98,18 @@ def peaks(device: torch.device, dtype: torch.dtype, quick: bool = False, clock: 
     times = interleaved(calls, device, 5 if quick else 10, clock=clock)
     best = {name: min(times[name]) / 1e3 for name in calls}
     return {"flops": 2 * side**3 / best["product"], "bandwidth": 2 * entries / best["copy"]}
+
+
+def _fitting(run: Run, device: torch.device, warm_ups: int, budget: float, now: Callable[[], float]) -> int:
+    """Warm a call up, a slow one once, and say how often it fits into what is left of these milliseconds."""
+    made, ms = 0, 0.0
+    while made < max(1, warm_ups) and ms < SLOW_MS:
+        _synchronize(device)
+        start = now()
+        run()
+        _synchronize(device)
+        made, ms = made + 1, 1e3 * (now() - start)
+    return max(LEAST, int(budget / max(ms, 1e-3)) - made)
 
 
 def _cpu_time(now: Callable[[], float], run: Run, cold: Tensor) -> Callable[[], float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewedges import store
-from fewedges.errors import DataError
+from fewedges.errors import DataError, RecipeError, StoreError
 from fewedges.measure.paying import Point, Range, points, ranges, said, together
 
 COLUMNS = {
@@ -34,6 +34,8 @@ FIELDS = [
 ]
 """Columns of the CSV; a cell that does not apply is empty."""
 JSON, CSV = "hardware.json", "hardware.csv"
+MEASURED = {"load", "seconds", "starts", "flops", "bandwidth", "unfinished"}
+"""Facts that come of a run; all others are known before it, and agree where a run goes on."""
 Row = dict[str, Any]
 
 
@@ -45,7 +47,17 @@ class Hardware:
     """By name as in FIELDS. A way that cannot be had has `why` and no times."""
     facts: dict[str, Any] = field(default_factory=dict)
     """M, dtype, device, processor, threads, load, flops and bandwidth (measured), repeats, seed, clock, versions; of a
-    model its name and `counts`, matrices by shape."""
+    model its name and `counts`, matrices by shape. `starts`: how often the run was started until it was finished.
+    While it is not, `unfinished` holds `of`, the number of rounds, and `rounds`, those done: shape, density and the
+    milliseconds of the dense layer in each (`dense_ms`), of which dense's row is made."""
+
+    @property
+    def unfinished(self) -> str:
+        """How many of its rounds (a shape at a density) were timed, in words; empty if the run is finished."""
+        if "unfinished" not in self.facts:
+            return ""
+        known = self.facts["unfinished"]
+        return f"{len(known['rounds'])} of {known['of']} rounds"
 
     def shapes(self) -> list[str]:
         """The shapes, in the order they were timed."""
@@ -69,13 +81,13 @@ class Hardware:
         return {shape: {what: ranges(points(self.timed(shape, what))) for what in ways} for shape in self.shapes()}
 
     def whole(self) -> dict[str, Any] | None:
-        """The model's matrices together, each shape as often as the model has it; None if no model was timed.
+        """The model's matrices together, each shape as often as the model has it; None without a model, or unfinished.
 
         `ways` holds by way its points (density asked for, density and speed-up of all together), the ranges in which
         it makes the model faster, and those in words (`pays`); `missing` the ways that some of its shapes cannot
         have; `take` the way that pays up to the highest density, and so asks for the fewest zeros; None if none does.
         """
-        if "model" not in self.facts:
+        if "model" not in self.facts or self.unfinished:
             return None
         name, counts = self.facts["model"]["name"], self.facts["model"]["counts"]
         timed = {what: [row for shape in counts for row in self.timed(shape, what)] for what in self.ways()}
@@ -88,8 +100,9 @@ class Hardware:
 
     def advice(self) -> list[str]:
         """Where each way starts to pay here, a sentence a line; then the model's matrices together, if there is one."""
-        lines = [self._shape_advice(shape) for shape in self.shapes()]
-        if "model" in self.facts:
+        lines = [f"Unfinished: {self.unfinished} were timed."] if self.unfinished else []
+        lines += [self._shape_advice(shape) for shape in self.shapes()]
+        if "model" in self.facts and not self.unfinished:
             lines += self._model_advice()
         return [*lines, *self._refusals()]
 
@@ -111,11 +124,14 @@ class Hardware:
         return text.getvalue()
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write hardware.json and hardware.csv into a folder; return their paths."""
+        """Write hardware.json and hardware.csv into a folder, each at once or not at all; return their paths."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        store.write_text(folder / JSON, self.json() + "\n")
-        store.write_text(folder / CSV, self.csv())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            store.write_text(folder / CSV, self.csv())
+            store.write_text(folder / JSON, self.json() + "\n")  # last: a run goes on by it
+        except OSError as error:
+            raise StoreError(f"save {folder}", str(error), "a folder that can be written") from error
         return [folder / JSON, folder / CSV]
 
     @classmethod
@@ -126,11 +142,28 @@ class Hardware:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows, facts = found["rows"], found["facts"]
-            if not isinstance(facts, dict) or any(missing := {"what", "shape"} - set(row) for row in rows):
+            begun = facts.get("unfinished", {"of": 0, "rounds": []})
+            parts = [(row, {"what", "shape"}) for row in rows] + [(begun, {"of", "rounds"})]
+            parts += [(done, {"shape", "density", "dense_ms"}) for done in begun["rounds"]]
+            if any(missing := names - set(part) for part, names in parts):
                 raise KeyError(*missing)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"load {path}", repr(error), f"the {JSON} that Hardware.save wrote") from error
         return cls(rows=rows, facts=facts)
+
+    @classmethod
+    def resume(cls, folder: Path | str, facts: Mapping[str, Any]) -> "Hardware | None":
+        """What a run of which these facts were known before it has left in a folder; None if there is nothing.
+
+        RecipeError if it is of another run, since two are never mixed; DataError if it cannot be read.
+        """
+        if not (Path(folder) / JSON).exists():
+            return None
+        found = cls.load(folder)
+        if other := _differences(found.facts, facts):
+            hint = "another folder, or the settings of that run"
+            raise RecipeError(f"hardware with out={folder}", f"{JSON} there has {', '.join(other)}", hint)
+        return found
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
         """Header and rows as text: what was timed, a table a shape; what was not, and why; where it pays."""
@@ -148,9 +181,10 @@ class Hardware:
         facts |= self.facts
         where = f"{facts['device']}, {facts['dtype']}, M = {facts['M']} input vectors, forward"
         clock = "CPU time of the one thread" if facts.get("clock") == "thread" else "wall time"
-        how = f"{clock}, median of {facts['repeats']} runs, ways and dense interleaved, a cold cache before each"
+        how = f"{clock}, median of {facts['repeats']} runs{self._fewer()}, ways and dense interleaved"
         peaks = f"measured peaks {_si(facts['flops'])}FLOP/s and {_si(facts['bandwidth'])}B/s"
-        return f"{where}; {how}; {peaks}; errors against float64."
+        state = f" Unfinished: {self.unfinished}." if self.unfinished else ""
+        return f"{where}; {how}, a cold cache before each; {peaks}; errors against float64.{state}"
 
     def markdown(self) -> str:
         """The tables, the advice and the protocol."""
@@ -175,6 +209,15 @@ class Hardware:
         header = [COLUMNS[name][0] for name in COLUMNS]
         rows = [row for what in self.ways() for row in self.timed(shape, what)]
         return [shape, *header[1:]], [[_cell(row, name) for name in COLUMNS] for row in rows]
+
+    def _fewer(self) -> str:
+        """The ways too slow for all repeats, with how many they had."""
+        found: dict[str, list[int]] = {}
+        for row in self.rows:
+            if row["what"] != "dense" and (had := row.get("repeats")) and had < self.facts.get("repeats", had):
+                found.setdefault(row["what"], []).append(had)
+        spans = [f"{w} {min(n)}" + (f" to {max(n)}" if min(n) < max(n) else "") for w, n in found.items()]
+        return f" (slow ways fewer: {', '.join(spans)})" if spans else ""
 
     def _why_not(self) -> list[list[str]]:
         """One line for every way and reason: all of its rows, or which."""
@@ -218,6 +261,18 @@ class Hardware:
         without = [what for what in self.ways() if not any(self.timed(shape, what) for shape in self.shapes())]
         reasons = {row["what"]: row["why"] for row in self.rows if row["what"] in without}
         return [f"{what} cannot be had here: {why.rstrip('.')}." for what, why in reasons.items()]
+
+
+def _differences(found: Mapping[str, Any], asked: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Facts known before a run that a file says otherwise, each with what it says and what is asked for."""
+    lines: list[str] = []
+    for name in [name for name in {**asked, **found} if name not in MEASURED]:
+        there, here = found.get(name), asked.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            lines += _differences(there, here, f"{inside}{name} ")
+        elif there != here:
+            lines.append(f"no {inside}{name}" if there is None else f"{inside}{name} {there} (asked {here})")
+    return lines
 
 
 def _line(whole: Sequence[Mapping[str, float]]) -> list[Point]:

@@ -3,15 +3,19 @@
 Shapes are written inputs x outputs, as 1024x4096; M is the number of input vectors.
 """
 
+import os
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewedges import store
 from fewedges.errors import RecipeError
-from fewedges.measure.clock import CLOCKS
+from fewedges.measure.clock import CLOCKS, FLUSH_MIB, WARM_UPS
 from fewedges.measure.ways import WAYS, Way
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.matrices import matrices_of
@@ -21,6 +25,9 @@ SHAPES = ("1024x4096", "4096x1024")
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 ROWS = {"cpu": 256, "cuda": 8192}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WAY_SECONDS = 2.0
+"""What the warm-ups and repeats of a way may cost in a round: a slow one has fewer repeats, though never fewer than 5.
+Before them come its check and the choice among its calls, of a slow one (100 ms) 7 calls at most, else 13."""
 QUICK: dict[str, Any] = {"shapes": ("1024x4096",), "densities": (0.01, 0.1, 0.25), "repeats": 10}
 
 
@@ -38,12 +45,25 @@ class Setting:
     ways: Mapping[str, Way]
 
     def rounds(self) -> dict[float, list[str]]:
-        """By density the ways to run beside dense; a way with one density of its own joins there."""
+        """By density the ways to run beside dense; a way with one density of its own joins there.
+
+        Without any way: one round, of dense alone.
+        """
         found: dict[float, list[str]] = {density: [] for density in self.densities}
         for name, way in self.ways.items():
             for density in self.densities if way.density is None else (way.density,):
                 found.setdefault(density, []).append(name)
-        return {density: found[density] for density in sorted(found) if found[density]}
+        return {density: found[density] for density in sorted(found) if found[density]} or {1.0: []}
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of a run before it starts, as plain data: machine, sizes, protocol, versions."""
+        known = {"M": self.rows, "dtype": str(self.dtype).removeprefix("torch.")}
+        known |= {"device": store.device_name(self.device), "itemsize": self.dtype.itemsize}
+        known |= {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        known |= {"densities": list(self.densities), "ways": list(self.ways), "repeats": self.repeats}
+        known |= {"way_seconds": WAY_SECONDS, "warm_ups": WARM_UPS, "flush_mib": FLUSH_MIB[self.device.type]}
+        known |= {"seed": self.seed, "clock": self.clock, "pass": "forward", "cold_cache": True}
+        return {**known, "versions": store.versions()}
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -111,6 +131,15 @@ def _device(name: str) -> torch.device:
         found = "no GPU that torch sees" if device.type == "cuda" else "only cpu and cuda are timed"
         raise RecipeError(f"device {name!r}", found, "--device cpu")
     return device
+
+
+def _processor() -> str:
+    """The CPU's name, where Linux says it; a GPU is named by `device`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def default(name: str, value: Any, quick: bool) -> Any:

@@ -1,13 +1,13 @@
 """Time a linear layer on this device, dense and by every way of keeping a part of its weights: `hardware`.
 
 A round is one shape at one density: all ways and dense run interleaved, so that whatever else the machine does meets
-them alike, and a speed-up is a ratio of medians of one round. A way that cannot be had is a row that says why.
+them alike, and a speed-up is a ratio of medians of one round. A way that is very slow takes part in the first repeats
+only, and is compared with dense in these. A way that cannot be had is a row that says why.
 
 Shapes: M input vectors, C inputs, R outputs.
 """
 
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewedges import store
 from fewedges.errors import RecipeError
-from fewedges.measure.clock import FLUSH_MIB, WARM_UPS, Run, interleaved, peak_bytes, peaks
+from fewedges.measure.clock import SLOW_MS, Run, interleaved, peak_bytes, peaks
 from fewedges.measure.hardware import Hardware, Row
-from fewedges.measure.setting import SHAPES, Setting, counts_of, default, parse_shape, resolve
+from fewedges.measure.setting import SHAPES, WAY_SECONDS, Setting, counts_of, default, parse_shape, resolve
 from fewedges.measure.ways import WAYS, Built, Call, Case, Way
 from fewedges.model.loading import Loaded
 
@@ -47,6 +46,7 @@ def hardware(
     quick: bool = False,
     seed: int = 0,
     clock: str = "wall",
+    out: Path | str | None = None,
     watch: Tell | None = None,
 ) -> Hardware:
     """Time a linear layer by every way, and say at which density each starts to pay on this device.
@@ -54,8 +54,10 @@ def hardware(
     `shapes` are inputs x outputs ("1024x4096"); with a model its own matrices are timed. `rows` is M, the number of
     input vectors (default 256 on CPU, 8192 on a GPU); `dtype` float32, bfloat16 (default on a GPU) or float16.
     `quick` takes one shape, three densities and 10 repeats where these are not given. `clock` "thread" counts only
-    CPU time of the one thread, for a machine that others use too. Raises RecipeError for what cannot be timed at all;
-    a way that cannot be had is a row with its reason.
+    CPU time of the one thread, for a machine that others use too. Into the folder `out` the table is written after
+    every round, and a run that was stopped goes on there: rounds that it holds are not timed again. Raises RecipeError
+    for what cannot be timed at all, or if `out` holds a run of other settings; a way that cannot be had is a row with
+    its reason.
     """
     if model is not None and shapes is not None:
         raise RecipeError("hardware with a model and shapes", "a model has shapes of its own", "one of the two")
@@ -64,40 +66,84 @@ def hardware(
     sides = {shape: parse_shape(shape) for shape in counts}
     asked: dict[str, Any] = {"device": device, "dtype": dtype, "densities": densities, "rows": rows, "ways": ways}
     setting = resolve(**asked, repeats=repeats, quick=quick, seed=seed, clock=clock)
-    started, load = time.time(), _load()
-    found = peaks(setting.device, setting.dtype, quick, clock)
-    timed = []
+    facts = setting.facts() | {"shapes": list(sides), "quick": quick}
+    facts |= {} if name is None else {"model": {"name": name, "counts": dict(counts)}}
+    before, tell = None if out is None else Hardware.resume(out, facts), watch or (lambda _: None)
+    if before is not None:
+        tell(f"{out}: {before.unfinished or 'all rounds'} done before, not timed again")
+        if not before.unfinished:
+            return before
+    sheet = Sheet(facts, len(sides) * len(setting.rounds()), out, before)
+    sheet.write(peaks(setting.device, setting.dtype, quick, clock))
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # torch calls its sparse layouts a beta on first use
         for shape in sides:
-            timed += time_shape(shape, sides[shape], setting, watch or (lambda _: None))
-    again = peaks(setting.device, setting.dtype, quick, clock)
-    best = {name: max(value, again[name]) for name, value in found.items()}
-    facts = _facts(setting, best) | {"load": [load, _load()], "seconds": round(time.time() - started, 1)}
-    facts |= {} if name is None else {"model": {"name": name, "counts": dict(counts)}}
-    return Hardware(rows=[_rated(row, setting, best) for row in timed], facts=facts)
+            time_shape(shape, sides[shape], setting, sheet, tell)
+    return sheet.write(peaks(setting.device, setting.dtype, quick, clock), finished=True)
 
 
-def time_shape(shape: str, sides: tuple[int, int], setting: Setting, tell: Tell) -> list[Row]:
-    """All rows of one shape: dense first, with the times of all rounds together."""
+class Sheet:
+    """The table of a run as it grows, from where an earlier start of the run left it; written if it has a folder."""
+
+    def __init__(self, facts: Mapping[str, Any], rounds: int, out: Path | str | None, before: Hardware | None):
+        found = {"flops": 0.0, "bandwidth": 0.0, "starts": 0, "seconds": 0.0, "load": [_load()]}
+        found |= {} if before is None else {name: before.facts[name] for name in found}
+        self.facts = {**facts, **found, "starts": found["starts"] + 1}
+        self.rounds, self.out, self.began = rounds, out, time.time() - found["seconds"]
+        known = [] if before is None else before.facts["unfinished"]["rounds"]
+        self.done: dict[tuple[str, float], list[float]] = {(r["shape"], r["density"]): r["dense_ms"] for r in known}
+        self.rows: list[Row] = [] if before is None else before.rows
+
+    def add(self, shape: str, density: float, rows: Sequence[Row], dense_ms: list[float]) -> None:
+        """Take a round up: its rows, dense's own among them, and the times of the dense layer in it; write."""
+        self.done[shape, density] = dense_ms
+        kept = [row for row in self.rows if (row["shape"], row["what"]) != (shape, "dense")]
+        fresh = [{"shape": shape, **row} for row in rows if row["what"] != "dense" or self.dense_ms(shape)]
+        self.rows = kept + fresh
+        self.write()
+
+    def dense_ms(self, shape: str) -> list[float]:
+        """The times of the dense layer in all rounds of a shape."""
+        return [ms for (name, _), times in self.done.items() if name == shape for ms in times]
+
+    def write(self, best: Mapping[str, float] | None = None, *, finished: bool = False) -> Hardware:
+        """The table so far, each row rated by the best peaks that are known by now; saved if there is a folder."""
+        self.facts |= {name: max(self.facts[name], value) for name, value in (best or {}).items()}
+        self.facts |= {"load": [self.facts["load"][0], _load()], "seconds": round(time.time() - self.began, 1)}
+        rounds = [{"shape": s, "density": d, "dense_ms": times} for (s, d), times in self.done.items()]
+        facts = self.facts if finished else {**self.facts, "unfinished": {"of": self.rounds, "rounds": rounds}}
+        rows = [self._joined(row) if row["what"] == "dense" else row for row in self.rows]
+        shapes, ways = facts["shapes"], ["dense", *facts["ways"]]
+        rows.sort(key=lambda row: (shapes.index(row["shape"]), ways.index(row["what"]), row["asked"] or 0.0))
+        found = Hardware(rows=[_rated(row, facts) for row in rows], facts=facts)
+        if self.out is not None:
+            found.save(self.out)
+        return found
+
+    def _joined(self, row: Row) -> Row:
+        """Dense's row, of the times of all rounds together."""
+        times = self.dense_ms(row["shape"])
+        return {**row, **_spread(times, "ms"), "repeats": len(times), "speedup": 1.0}
+
+
+def time_shape(shape: str, sides: tuple[int, int], setting: Setting, sheet: Sheet, tell: Tell) -> None:
+    """Time those rounds of one shape that the sheet has not got."""
     inputs, outputs = sides
+    rounds = {density: names for density, names in setting.rounds().items() if (shape, density) not in sheet.done}
+    if not rounds:
+        return
     generator = torch.Generator().manual_seed(setting.seed)
     like: dict[str, Any] = {"device": setting.device, "dtype": setting.dtype}
     x = torch.randn(setting.rows, inputs, generator=generator).to(**like)
     weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(**like)
-    rows, dense_times = [], []
-    for density, names in setting.rounds().items():
-        found, times = time_round(Case(x, weight, density, setting.seed), names, setting)
-        dense_times += times
-        rows += [{"shape": shape, **row} for row in found]
-        tell(f"{shape} density {density:g}: " + ", ".join(_told(row) for row in found))
-    if not dense_times:
-        dense_times = time_round(Case(x, weight, 1.0), [], setting)[1]
-    order = list(setting.ways)
-    rows.sort(key=lambda row: (order.index(row["what"]), row["asked"]))
-    reference, _ = attempt(WAYS["dense"], Case(x, weight, 1.0), setting)
-    reference = {"what": "dense", "shape": shape, **reference, **_spread(dense_times, "ms"), "asked": None}
-    return [{**reference, "repeats": len(dense_times), "speedup": 1.0}, *rows]
+    whole = Case(x, weight, 1.0)
+    dense = {"what": "dense", "asked": None, **attempt(WAYS["dense"], whole, setting)[0]}
+    for density, names in rounds.items():
+        rows, times = time_round(Case(x, weight, density, setting.seed), names, setting)
+        if density == max(rounds) and not times and not sheet.dense_ms(shape):
+            times = time_round(whole, [], setting)[1]  # no way could be had at any density
+        sheet.add(shape, density, [dense, *rows], times)
+        tell(f"{shape} density {density:g}: " + (", ".join(_told(row) for row in rows) or "dense"))
 
 
 def time_round(case: Case, names: Sequence[str], setting: Setting) -> tuple[list[Row], list[float]]:
@@ -111,12 +157,14 @@ def time_round(case: Case, names: Sequence[str], setting: Setting) -> tuple[list
             runs[name] = run
     if names and len(runs) == 1:
         return list(rows.values()), []
-    times = interleaved(runs, setting.device, setting.repeats, seed=setting.seed, clock=setting.clock)
+    bounded: dict[str, Any] = {"seconds": WAY_SECONDS, "always": ["dense"]}
+    times = interleaved(runs, setting.device, setting.repeats, seed=setting.seed, clock=setting.clock, **bounded)
     for name in runs.keys() - {"dense"}:
-        ratios = [a / b for a, b in zip(times["dense"], times[name], strict=True)]
-        dense, ours = (statistics.median(times[which]) for which in ("dense", name))
-        rows[name] |= _spread(times[name], "ms") | _spread(ratios, "speedup")
-        rows[name] |= {"repeats": setting.repeats, "dense_ms_p50": dense, "speedup": dense / ours}
+        ours = times[name]
+        dense = times["dense"][: len(ours)]  # the same repeats
+        rows[name] |= _spread(ours, "ms") | _spread([a / b for a, b in zip(dense, ours, strict=True)], "speedup")
+        rows[name] |= {"repeats": len(ours), "dense_ms_p50": statistics.median(dense)}
+        rows[name]["speedup"] = rows[name]["dense_ms_p50"] / statistics.median(ours)
         del rows[name]["speedup_p50"]
     return list(rows.values()), times["dense"]
 
@@ -139,7 +187,7 @@ def attempt(way: Way, case: Case, setting: Setting) -> tuple[Row, Run | None]:
 
 
 def _fastest(built: Built, case: Case, setting: Setting) -> tuple[str, Call]:
-    """The one of a way's calls that is fastest here; calls that fail are out while one is left."""
+    """The one of a way's calls that is fastest here; calls that fail are out while one is left, slow ones run once."""
     works, first = {}, None
     for how, call in built.calls.items():
         try:
@@ -151,7 +199,11 @@ def _fastest(built: Built, case: Case, setting: Setting) -> tuple[str, Call]:
         raise first or ValueError("it has no call")
     if len(works) == 1:
         return next(iter(works.items()))
-    times = interleaved(works, setting.device, 3, warm_ups=1, clock=setting.clock)
+    tried: dict[str, Any] = {"warm_ups": 0, "clock": setting.clock}  # each has just been made
+    times = interleaved(works, setting.device, 1, **tried)
+    quick = {how: call for how, call in works.items() if times[how][0] < SLOW_MS}
+    if len(quick) > 1:
+        times, works = interleaved(quick, setting.device, 3, **tried), quick
     best = min(works, key=lambda how: min(times[how]))
     return best, works[best]
 
@@ -176,13 +228,13 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _rated(row: Row, setting: Setting, best: Mapping[str, float]) -> Row:
+def _rated(row: Row, facts: Mapping[str, Any]) -> Row:
     """Add what the device would need at least for the kept weights: arithmetic or bytes, whichever takes longer."""
-    facts = {"dtype": _dtype_name(setting.dtype), "device": store.device_name(setting.device)}
-    row = {**row, **facts, "torch": torch.__version__, "M": setting.rows}
+    row = {**row, "dtype": facts["dtype"], "device": facts["device"], "torch": torch.__version__, "M": facts["M"]}
     if "ms_p50" not in row:
         return row
-    floor = floor_ms(parse_shape(row["shape"]), row["density"], setting.rows, setting.dtype.itemsize, best)
+    best = {name: facts[name] for name in ("flops", "bandwidth")}
+    floor = floor_ms(parse_shape(row["shape"]), row["density"], facts["M"], facts["itemsize"], best)
     row |= {"floor_ms": floor, "roofline": floor / row["ms_p50"]}
     return row | {"limit": row.get("dense_ms_p50", row["ms_p50"]) / floor}
 
@@ -195,30 +247,9 @@ def floor_ms(sides: tuple[int, int], density: float, rows: int, itemsize: int, b
     return 1e3 * max(2 * rows * kept / best["flops"], moved / best["bandwidth"])
 
 
-def _facts(setting: Setting, best: Mapping[str, float]) -> dict[str, Any]:
-    known = {"M": setting.rows, "dtype": _dtype_name(setting.dtype), "device": store.device_name(setting.device)}
-    known |= {"itemsize": setting.dtype.itemsize, "processor": _processor(), "cores": os.cpu_count()}
-    known |= {"threads": torch.get_num_threads(), "repeats": setting.repeats, "warm_ups": WARM_UPS}
-    known |= {"flush_mib": FLUSH_MIB[setting.device.type], "seed": setting.seed, **best, "clock": setting.clock}
-    return {**known, "pass": "forward", "cold_cache": True, "versions": store.versions()}
-
-
-def _processor() -> str:
-    """The CPU's name, where Linux says it; a GPU is named by `device`."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _load() -> float | None:
     """Processes that want a core, over the last minute: above the number of cores, times are of a busy machine."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _spread(values: Sequence[float], name: str) -> dict[str, float]:

@@ -38,6 +38,8 @@ Run = Literal["masked", "flex"]
 
 BLOCK = 128
 """Side of FlexAttention's blocks."""
+ROOM = 256
+"""Positions laid beyond those asked for where tokens come one by one, so that not every token lays its own pattern."""
 
 
 class Kept(NamedTuple):
@@ -59,8 +61,8 @@ class Laid:
     heads: int
     length: int | None
     run: Run
-    _last: tuple[int, Tensor] | None = field(default=None, repr=False)
-    _seen: dict[int, tuple[Any, tuple[int, ...], Kept]] = field(default_factory=dict, repr=False)
+    _last: Tensor | None = field(default=None, repr=False)
+    _seen: dict[int, tuple[Any, Any, Kept]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": {}}  # what is laid is laid again by a copy
@@ -71,13 +73,13 @@ class Laid:
         if hasattr(self.rule, "route"):
             routed = self.rule.route(query, repeat_heads(key, query.shape[1]), allowed).mask() & allowed
             return Kept(routed, None, None) if self.run == "masked" else blocked(routed)
-        if mask is None or mask.is_inference():  # which does not tell whether it was changed
+        if mask is None:
             return self._keep(allowed)
-        at = (mask._version, key.shape[-2])
         alive = {known: entry for known, entry in self._seen.items() if entry[0]() is not None}
         found = alive.get(id(mask))
-        if found is None or found[1] != at:
-            found = alive[id(mask)] = (weakref.ref(mask), at, self._keep(allowed))
+        if found is None or not _unchanged(found[1], mask, allowed):
+            state = allowed.clone() if mask.is_inference() else (mask._version, key.shape[-2])
+            found = alive[id(mask)] = (weakref.ref(mask), state, self._keep(allowed))
         self._seen = alive
         return found[2]
 
@@ -88,10 +90,14 @@ class Laid:
         return blocked(mask, self.order(keys) if queries == keys else None)
 
     def pattern(self, n: int, device: torch.device | str = "cpu") -> Bool[Tensor, "h n n"]:
-        """The mask over n positions, h = 1 or H."""
-        if self._last is None or self._last[0] != n or self._last[1].device != torch.device(device):
-            self._last = (n, self._lay(n).to(device))
-        return self._last[1]
+        """The mask over n positions, h = 1 or H. Where a shorter text sees the corner of a longer one's, it is cut."""
+        corner = self.length is not None or not getattr(self.rule, "moves", True)
+        last = 0 if self._last is None else self._last.shape[-1]
+        device = torch.device(device)
+        if self._last is None or self._last.device != device or not (last == n or (corner and last > n)):
+            one_more = 0 < last < n <= last + 1
+            self._last = self._lay(n + ROOM if corner and one_more and not self.length else n).to(device)
+        return self._last[..., :n, :n]
 
     def order(self, n: int) -> Int[Tensor, "n"] | None:
         """The order of positions in which the pattern has the smaller cover, if the rule knows one."""
@@ -102,7 +108,7 @@ class Laid:
             raise ModelError(f"the pattern of {self.rule}", "it depends on the data", "rule.route(query, key, allowed)")
         if self.length is not None and n > self.length:
             raise ModelError(f"attend to {n} tokens", f"the pattern was laid for {self.length}", "a larger length")
-        mask = self.rule(self.length or n).mask()[..., :n, :n]
+        mask = self.rule(self.length or n).mask()
         mask = mask if mask.dim() == 3 else mask[None]
         if mask.shape[0] not in (1, self.heads):
             found = f"the rule has {mask.shape[0]} heads, the layer {self.heads}"
@@ -148,13 +154,24 @@ def attending(
 ) -> Iterator[Any]:
     """`attend_` for a while; the old attention comes back."""
     before = plain(model).config._attn_implementation
+    modules = anatomy.modules(model)
+    laid = [getattr(module, "fixed_attention", None) for module in modules]
     try:
         yield attend_(model, anatomy, rules, length=length, run=run)
     finally:
         plain(model).set_attn_implementation(before)
-        for module in anatomy.modules(model):
-            if hasattr(module, "fixed_attention"):
+        for module, one in zip(modules, laid, strict=True):
+            if one is not None:
+                module.fixed_attention = one  # type: ignore[assignment]
+            elif hasattr(module, "fixed_attention"):
                 del module.fixed_attention
+
+
+def _unchanged(state: Any, mask: Tensor, allowed: Bool[Tensor, "B 1 Q K"]) -> bool:
+    """Whether a mask is as it was: by its version, or, made in inference mode and so without one, by its entries."""
+    if mask.is_inference():
+        return isinstance(state, Tensor) and state.shape == allowed.shape and torch.equal(state, allowed)
+    return state == (mask._version, allowed.shape[-1])
 
 
 def patterns(model: Any, anatomy: Anatomy, n: int) -> list[Pattern]:

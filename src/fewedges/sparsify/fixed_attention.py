@@ -10,7 +10,7 @@ Shapes: n tokens, i query, j key, H heads; l stride, b block, N blocks.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,7 +26,11 @@ Part = Literal["both", "first", "second"]
 
 @runtime_checkable
 class Rule(Protocol):
-    """A pattern for every length; (n, n), or (H, n, n) where heads differ."""
+    """A pattern for every length; (n, n), or (H, n, n) where heads differ.
+
+    A rule with `moves = False` says that a shorter text sees the corner of what a longer one sees, in the causal
+    triangle: while decoding its pattern is laid once for many tokens.
+    """
 
     def __call__(self, n: int) -> Pattern:
         """The pattern over n queries and n keys."""
@@ -37,6 +41,8 @@ class Rule(Protocol):
 class Full:
     """Every key."""
 
+    moves: ClassVar[bool] = False
+
     def __call__(self, n: int) -> Pattern:
         """All n x n."""
         return dense((n, n))
@@ -46,6 +52,7 @@ class Full:
 class Local:
     """The query's own position and the `window` - 1 before it."""
 
+    moves: ClassVar[bool] = False
     window: int
 
     def __post_init__(self) -> None:
@@ -64,6 +71,7 @@ class Strided:
     Alternate layers with the two parts, split heads between them, or join them in one head (both).
     """
 
+    moves: ClassVar[bool] = False
     stride: int
     """l, near the square root of n."""
     part: Part = "both"
@@ -94,6 +102,7 @@ class Fixed:
     Alone the second part leaves the queries before the first stripe without a key; their output is 0.
     """
 
+    moves: ClassVar[bool] = False
     stride: int
     """l: 128 or 256 in the paper."""
     summary: int
@@ -125,6 +134,7 @@ class BigBird:
     The last block moves with n: to decode, attach it with a fixed `length`.
     """
 
+    moves: ClassVar[bool] = True
     block: int
     randoms: int = 3
     heads: int = 1
@@ -162,6 +172,7 @@ class Longformer:
     Longformer gives global tokens projections of their own; here they share the model's.
     """
 
+    moves: ClassVar[bool] = False
     window: int
     dilation: int = 1
     tokens: tuple[int, ...] = ()
@@ -187,6 +198,7 @@ class BlockButterfly:
     A matrix with g rows and g columns has rank 2g at most: the global part stands in for the low rank of weights.
     """
 
+    moves: ClassVar[bool] = False
     block: int
     factors: int | None = None
     """k, strides 1, 2, ... 2^(k-1) blocks; None: all."""
@@ -214,6 +226,11 @@ class Union:
     def __post_init__(self) -> None:
         _check_rules(self.rules)
 
+    @property
+    def moves(self) -> bool:
+        """Whether any of them does; a rule that does not say may."""
+        return any(getattr(rule, "moves", True) for rule in self.rules)
+
     def __call__(self, n: int) -> Pattern:
         """The union."""
         masks = torch.broadcast_tensors(*(rule(n).mask() for rule in self.rules))
@@ -228,6 +245,11 @@ class Heads:
 
     def __post_init__(self) -> None:
         _check_rules(self.rules)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any of them does; a rule that does not say may."""
+        return any(getattr(rule, "moves", True) for rule in self.rules)
 
     def __call__(self, n: int) -> Pattern:
         """(H, n, n)."""

@@ -182,7 +182,10 @@ def _row(name: str, module: nn.Module) -> dict[str, Any]:
 def load_pixelated(
     folder: Path | str, *, dtype: str | torch.dtype = "float32", device: str = "cpu", probes: bool = True
 ) -> PixelatedModel:
-    """Load a saved result on its base, which is verified. Raises StoreError where either does not fit."""
+    """Load a saved result on its base. Raises StoreError where either does not fit.
+
+    The base's weights are verified where they are loaded in the dtype of the run; in another they cannot be.
+    """
     facts = store.read_manifest(Path(folder))["facts"]
     if "base" not in facts:
         hint = "fewedges.sparsify.pixelate.load_pixelated_(folder, a model of that architecture)"
