@@ -34,7 +34,9 @@ def main(results: Path, out: Path) -> None:
             path = out / f"explained-effect{end}-{theme}"
             files = draw_effects(list(found.values()), path, title=models, theme=theme, again=others)
             if not end:
-                files += draw_circuits(found["Greater Than"], out / f"connectivity-{theme}", theme=theme)
+                one = "Greater Than: the first measured circuit with 0.9 of the effect (counterfactual ablation)"
+                shown = replace(found["Greater Than"], task=one, model="SmolLM2-135M")
+                files += draw_circuits(shown, out / f"connectivity-{theme}", theme=theme)
             print(*files, sep="\n")
         if not end:
             print_shares(found)
