@@ -49,6 +49,7 @@ PUBLIC = [
     "attach_",
     "attend_",
     "attention",
+    "by_blocks",
     "explain",
     "connectivity",
     "covered",

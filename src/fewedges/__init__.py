@@ -40,6 +40,7 @@ _HOME = {
     "Tickets": "weight_recipes",
     "Pruned": "sparsify.pruned",
     "Pattern": "sparsify.pattern",
+    "by_blocks": "sparsify.blocked",
     "Explained": "explain.explaining",
     "read_recipe": "recipes",
     "Loaded": "model.loading",

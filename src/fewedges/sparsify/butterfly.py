@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fewedges.errors import RecipeError
 from fewedges.sparsify.cell_kernel import pixelated_product
-from fewedges.sparsify.launching import Kernel, choose_kernel
+from fewedges.sparsify.launching import Kernel, as_autocast, choose_kernel
 from fewedges.sparsify.pattern import Blocks, Pattern
 
 GAMMA = 0.5
@@ -113,7 +113,7 @@ class GatheredCells(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch R"]:
         """x B^T."""
-        x, weight = _cast(x, self.weight)
+        x, weight = as_autocast(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
         y: Any = _GatheredProduct.apply(rows, weight, self.columns, self.sources)
         return y.view(*x.shape[:-1], y.shape[1])
@@ -202,7 +202,7 @@ class PixelatedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _fused(self, x: Tensor, cells: GatheredCells) -> Tensor:
-        x, weight, up, down, bias = _cast(
+        x, weight, up, down, bias = as_autocast(
             x, cells.weight, self.low and self.low.up, self.low and self.low.down, self.bias
         )
         return pixelated_product(x, weight, cells.columns, cells.sources, up, down, self.gamma, bias)
@@ -247,14 +247,6 @@ class _GatheredProduct(torch.autograd.Function):
             down = upstream.unflatten(1, (grid, -1)).permute(1, 2, 0)  # (B, h, M)
             to_weight = torch.bmm(down, _gathered(x, columns))
         return to_x, to_weight, None, None
-
-
-def _cast(x: Tensor, *others: Tensor | None) -> Any:
-    """As torch's own products do under autocast."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), *(None if t is None else t.to(dtype) for t in others)
 
 
 def _gathered(x: Float[Tensor, "M C"], columns: Int[Tensor, "B n"]) -> Float[Tensor, "B M nw"]:

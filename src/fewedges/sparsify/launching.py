@@ -131,6 +131,14 @@ def untraced(function: Callable[..., Tensor], *given: Any) -> Tensor:
     return function(*given)
 
 
+def as_autocast(x: Tensor, *others: Tensor | None) -> Any:
+    """Operands in the dtype that torch's own products would take under autocast; as they are without it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(None if t is None else t.to(dtype) for t in others)
+
+
 def choose_kernel(kernel: str) -> Kernel:
     """`kernel`, or an error that says what there is."""
     if kernel not in ("reference", "triton"):
