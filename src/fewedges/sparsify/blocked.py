@@ -80,9 +80,9 @@ def _layer(matrix: Matrix, pattern: Pattern, block: int, kernel: Kernel) -> Bloc
     bias: Any = matrix.module.bias
     values = gather_blocks(matrix.weight, index).contiguous()
     layer = BlockLinear(values, index, None if bias is None else bias.detach().clone(), kernel)
-    for mine, theirs in ((layer.values, matrix.parameter), (layer.bias, bias)):
-        if mine is not None:
-            mine.requires_grad_(theirs.requires_grad)
+    layer.values.requires_grad_(matrix.parameter.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
     return layer.train(matrix.module.training)
 
 
