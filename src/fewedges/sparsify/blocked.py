@@ -81,7 +81,7 @@ def _layer(matrix: Matrix, pattern: Pattern, block: int, kernel: Kernel) -> Bloc
     values = gather_blocks(matrix.weight, index).contiguous()
     layer = BlockLinear(values, index, None if bias is None else bias.detach().clone(), kernel)
     layer.values.requires_grad_(matrix.parameter.requires_grad)
-    if layer.bias is not None:
+    if layer.bias is not None and bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
     return layer.train(matrix.module.training)
 
