@@ -80,6 +80,17 @@ def test_the_pruned_model_is_left_alone_and_the_copy_is_its_own():
 
 
 @pytest.mark.stays
+def test_what_was_frozen_or_in_evaluation_stays_so():
+    result = pruned()
+    result.model.eval().requires_grad_(False)
+    result.model.transformer.h[0].mlp.c_fc.train().requires_grad_(True)
+    found = layers(by_blocks(result, kernel="reference"))
+    asked = {name: (one.training, one.values.requires_grad, one.bias.requires_grad) for name, one in found.items()}
+    assert asked.pop("transformer.h.0.mlp.c_fc") == (True, True, True)
+    assert set(asked.values()) == {(False, False, False)}
+
+
+@pytest.mark.stays
 def test_places_follow_their_values_and_autocast_is_followed():
     model = copy.deepcopy(by_blocks(pruned(), kernel="reference"))
     layer = next(iter(layers(model).values()))
