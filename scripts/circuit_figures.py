@@ -3,10 +3,12 @@
     python scripts/circuit_figures.py results/circuits docs/figures
 
 draws, light and dark, RESULTS/../circuits-TASK.json of four tasks (smollm2-few-heads) as one figure
-(explained-effect), with bands over prompts and a second seed (RESULTS/few-heads/seed-1), the same with mean ablation
-(RESULTS/few-heads/mean; explained-effect-mean), both for RESULTS/sparse (explained-effect-sparse, -sparse-mean), and
-the two circuits of Greater Than in few-heads side by side (connectivity). Prints what share of each circuit's edges
-MLPs write, and writes the ratios over both seeds to RESULTS/few-heads/seeds.json.
+(explained-effect), the mean and bands over prompts and three runs (beside the shipped one RESULTS/few-heads/seed-1, its
+last 5,000 steps with another seed, and RESULTS/few-heads/other-start, these steps from the smollm2-sparse of another
+seed), one run with mean ablation (RESULTS/few-heads/mean; explained-effect-mean), both ablations for RESULTS/sparse
+(explained-effect-sparse, -sparse-mean), and the two circuits of Greater Than in few-heads side by side (connectivity).
+Prints what share of each circuit's edges MLPs write, and writes the ratios of the three runs and their means to
+RESULTS/few-heads/seeds.json.
 """
 
 import json
@@ -22,13 +24,15 @@ from fewedges.explain.over_seeds import ratio_over_seeds
 from fewedges.pictures import draw_circuits, draw_effects
 
 FOLDERS = {"few-heads": "", "few-heads/mean": "-mean", "sparse": "-sparse", "sparse/mean": "-sparse-mean"}
+AGAIN = {"few-heads": ("few-heads/seed-1", "few-heads/other-start")}
+"""Other runs of the same recipe, for the figures that are over runs."""
 
 
 def main(results: Path, out: Path) -> None:
     for name, end in FOLDERS.items():
         found = read(results.parent if name == "few-heads" else results / name)
-        again = read(results / name / "seed-1")
-        others = [[again[title]] if title in again else [] for title in found]
+        again = [read(results / folder) for folder in AGAIN.get(name, ())]
+        others = [[run[title] for run in again if title in run] for title in found]
         models = f"SmolLM2-135M and smollm2-{name.partition('/')[0]}"
         for theme in ("light", "dark"):
             path = out / f"explained-effect{end}-{theme}"
@@ -40,7 +44,8 @@ def main(results: Path, out: Path) -> None:
             print(*files, sep="\n")
         if not end:
             print_shares(found)
-            store.write_text(results / name / "seeds.json", json.dumps(over_seeds(found, again), indent=1) + "\n")
+            ratios = over_seeds(found, others)
+            store.write_text(results / name / "seeds.json", json.dumps(ratios, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict:
@@ -49,16 +54,16 @@ def read(folder: Path) -> dict:
     return {title: replace(read_explained(path), task=title) for title, path in paths.items() if path.exists()}
 
 
-def over_seeds(found: dict, again: dict) -> dict:
-    """By task, count and model: each seed's ratio to dense at 0.9, their geometric mean, its interval."""
+def over_seeds(found: dict, others: list) -> dict:
+    """By task, count and model: each run's ratio to dense at 0.9, their geometric mean, its interval."""
     rows: dict = {}
-    for title, second in again.items():
-        runs = [found[title], second]
+    for (title, first), again in zip(found.items(), others, strict=True):
+        runs = [first, *again]
         for count in ("edges", "heads"):
             for label in ("sparse", "control"):
                 mean, low, high = ratio_over_seeds(runs, count, label=label)
                 each = [run.ratio(count, label=label) for run in runs]
-                rows.setdefault(title, {})[f"{count}, {label}"] = {"seeds": each, "mean": mean, "interval": [low, high]}
+                rows.setdefault(title, {})[f"{count}, {label}"] = {"runs": each, "mean": mean, "interval": [low, high]}
                 print(f"{title}, {count}, dense / {label}: {mean:.2f} ({low:.2f} to {high:.2f}) of {each}")
     return rows
 

@@ -46,16 +46,16 @@ def draw_effects(
 ) -> list[Path]:
     """Write the curves of explained tasks, one column each; the title says models, ablation and prompts.
 
-    `again` holds, for each task, the results of runs with other seeds: lines are then their mean, ratios geometric
-    means, bands over seeds and prompts.
+    `again` holds, for each task, the results of other runs alike: lines are then their mean, ratios geometric
+    means, bands over runs and prompts.
     """
     from fewedges.draw import save
     from fewedges.draw.curve import explained_effect
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     title = "; ".join([title or ", ".join(sorted({one.model for one in found})), *_protocol(found)])
-    seeds = max((1 + len(others) for others in again), default=1)
-    interval = "95% interval" if seeds == 1 else f"mean of {seeds} seeds, 95% interval over seeds and prompts"
+    runs = max((1 + len(others) for others in again), default=1)
+    interval = "95% interval" if runs == 1 else f"mean of {runs} runs, 95% interval over runs and prompts"
     effects = [_effects(one, others) for one, others in zip(found, again or [()] * len(found), strict=True)]
     return save(explained_effect(effects, title=title, interval=interval, theme=theme), stem)
 

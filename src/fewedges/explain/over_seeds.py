@@ -1,8 +1,10 @@
 """One task explained in several runs that differ in their seed alone: ratios, lines and bands over seeds and prompts.
 
+A run may also have started elsewhere, from what another seed had made: the weights are free, the measurement is not.
+
 A bootstrap draw takes as many runs as there are, and as many prompts, both with replacement, and the same prompts for
-every run and for the dense model. With few runs the interval says more of prompts than of seeds: two draw each other
-half of the time.
+every run and for the dense model. With few runs the interval says more of prompts than of seeds: of two, half of the
+draws take one run twice; of three, two in nine take each once.
 
 Shapes: K circuit.
 """
