@@ -28,7 +28,7 @@ def hardware(
     ways: tuple[str, ...] | None = None,
     repeats: int | None = None,
     quick: bool = False,
-    clock: Literal["wall", "thread"] = "wall",
+    clock: Literal["wall", "thread", "graph"] = "wall",
     seed: int = 0,
     theme: Literal["light", "dark"] = "light",
     out: Path | None = None,
@@ -48,7 +48,8 @@ def hardware(
         ways: Only these, such as csr "bsr 32" pixelated; default all, and what this device cannot do says why.
         repeats: Timed runs of each, interleaved with dense; default 30, of a way that is very slow fewer, at least 5.
         quick: One shape, three densities, 10 repeats where these are not given.
-        clock: On cpu: wall time, or CPU time of the one thread (OMP_NUM_THREADS=1), for a machine others use too.
+        clock: On cpu: wall time, or CPU time of the one thread (OMP_NUM_THREADS=1), for a machine others use too. On
+            cuda: wall, what calls from Python take, or graph, what they take replayed as CUDA graphs.
         seed: Of weights, patterns and the order of runs.
         theme: Light or dark background.
         out: Folder for hardware.json and hardware.csv, written after every round (a shape at a density), and at the

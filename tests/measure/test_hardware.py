@@ -208,3 +208,4 @@ def test_it_shows_itself_in_a_notebook_and_says_how_it_was_measured():
     assert "96 GFLOP/s and 20 GB/s" in str(found)
     assert "wall time" in found.protocol()
     assert "CPU time of the one thread" in planted(clock="thread").protocol()
+    assert "replayed as CUDA graphs" in planted(clock="graph").protocol()

@@ -3,6 +3,7 @@
 import itertools
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 from fewedges.errors import FewedgesError, RecipeError
 from fewedges.measure import clock, speed
 from fewedges.measure.hardware import FIELDS
-from fewedges.measure.setting import counts_of, parse_shape
+from fewedges.measure.setting import counts_of, parse_shape, resolve
 from fewedges.measure.speed import floor_ms, hardware
-from fewedges.measure.ways import WAYS, Built, Way
+from fewedges.measure.ways import WAYS, Built, Case, Way
 from tiny import tiny_loaded
 
 SMALL = {"shapes": ["64x128"], "densities": [0.1, 0.5], "rows": 4, "repeats": 3}
@@ -226,6 +227,7 @@ def test_a_shape_that_blocks_do_not_divide_has_reasons_and_dense(planted):
         ({"repeats": 2}, "3 repeats"),
         ({"rows": 0}, "1 row"),
         ({"clock": "sun"}, "wall"),
+        ({"clock": "graph"}, "graph, on cuda"),
         ({"model": "addition"}, "shapes of its own"),
     ],
 )
@@ -279,3 +281,35 @@ def test_the_facts_name_the_protocol(quick_clock):
 def test_defaults_are_thirty_repeats_and_quick_is_one_shape():
     assert speed.default("repeats", 30, False) == 30
     assert speed.default("shapes", speed.SHAPES, True) == ("1024x4096",)
+
+
+@pytest.mark.matches
+def test_on_a_gpu_calls_can_be_replayed_as_graphs_and_what_cannot_is_timed_as_it_is(monkeypatch, quick_clock):
+    """The capture is planted: this machine has no GPU."""
+    replays = []
+
+    class Planted:
+        def __init__(self, run):
+            self.run, self.y = run, run()
+
+        def replay(self):
+            replays.append(self.run)
+            self.y.copy_(self.run())
+
+    def capture(run):
+        if "mask" in run.__code__.co_freevars:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        graph = Planted(run)
+        return graph, graph.y
+
+    monkeypatch.setattr(speed, "captured", capture)
+    asked = {"device": "cpu", "dtype": None, "densities": [0.5], "rows": 8, "ways": None, "repeats": 3}
+    setting = replace(resolve(**asked, quick=False, seed=0, clock="wall"), clock="graph")
+    case = Case(torch.randn(8, 64), torch.randn(64, 64), 0.5)
+    rows, times = speed.time_round(case, ["masked", "butterfly"], setting)
+    masked, butterfly = rows
+    assert masked["how"] == "F.linear(x, W * mask)"
+    assert "replayed" in butterfly["how"]
+    assert all(row["error"] < 4e-7 for row in rows)  # measured 1.0e-7
+    assert [len(times), *(row["repeats"] for row in rows)] == [3, 3, 3]
+    assert len({id(run) for run in replays}) >= 2  # dense and the butterfly

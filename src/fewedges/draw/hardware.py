@@ -247,7 +247,8 @@ def facts_of(
 ) -> str:
     """Where it was measured, how, and what could not be had there."""
     known = [device_of(facts), facts.get("dtype"), f"{facts['M']:,} input vectors"]
-    clock = ", CPU time of the thread" if facts.get("clock") == "thread" else ""
+    clocks = {"thread": ", CPU time of the thread", "graph": " replayed as CUDA graphs"}
+    clock = clocks.get(facts.get("clock", ""), "")
     repeats = facts.get("repeats")
     fewer = " (slow ways fewer)" if any(0 < (row.get("repeats") or 0) < (repeats or 0) for row in rows) else ""
     known += [f"median of {repeats} runs{fewer}{clock}, band p20 to p80"] if repeats else []

@@ -74,7 +74,8 @@ def device_of(found: Mapping[str, Any]) -> str:
 def facts_of(found: Mapping[str, Any]) -> str:
     """One line: dtype, clock and runs."""
     facts = found["runs"][0]["facts"]
-    clock = {"thread": "the thread's CPU time", "wall": "wall time"}.get(facts.get("clock", "wall"))
+    clocks = {"thread": "the thread's CPU time", "wall": "wall time", "graph": "replayed as CUDA graphs"}
+    clock = clocks[facts.get("clock", "wall")]
     return f"{facts['dtype']}; {clock}, median of {facts['repeats']} runs, line p20 to p80, cold cache"
 
 

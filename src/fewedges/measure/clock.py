@@ -23,9 +23,10 @@ LEAST = 5
 """Repeats of a call, however slow."""
 FLUSH_MIB = {"cuda": 256, "cpu": 64}
 """What is written before a timed call: more than the last cache of an H100 (50 MiB), of most desktop CPUs (32)."""
-CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time, "graph": time.perf_counter}
 """What times a call on CPU. On a busy machine a long call is interrupted and a short one is not, so that wall time
-favours whatever is fast; the thread's own CPU time counts neither (it needs a single thread, and no GPU)."""
+favours whatever is fast; the thread's own CPU time counts neither (it needs a single thread, and no GPU). "graph" is
+for GPUs, whose time is that of events: calls are to be replayed as CUDA graphs, so that launching is not in it."""
 Run = Callable[[], Any]
 Timed = Callable[[Run, Tensor], Callable[[], float]]
 

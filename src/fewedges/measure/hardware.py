@@ -180,7 +180,8 @@ class Hardware:
         facts = {"M": "?", "dtype": "?", "device": "?", "repeats": "?", "flops": math.nan, "bandwidth": math.nan}
         facts |= self.facts
         where = f"{facts['device']}, {facts['dtype']}, M = {facts['M']} input vectors, forward"
-        clock = "CPU time of the one thread" if facts.get("clock") == "thread" else "wall time"
+        clocks = {"thread": "CPU time of the one thread", "graph": "replayed as CUDA graphs"}
+        clock = clocks.get(facts.get("clock", ""), "wall time")
         how = f"{clock}, median of {facts['repeats']} runs{self._fewer()}, ways and dense interleaved"
         peaks = f"measured peaks {_si(facts['flops'])}FLOP/s and {_si(facts['bandwidth'])}B/s"
         state = f" Unfinished: {self.unfinished}." if self.unfinished else ""

@@ -15,7 +15,7 @@ import torch
 
 from fewedges import store
 from fewedges.errors import RecipeError
-from fewedges.measure.clock import CLOCKS, FLUSH_MIB, WARM_UPS
+from fewedges.measure.clock import FLUSH_MIB, WARM_UPS
 from fewedges.measure.ways import WAYS, Way
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.matrices import matrices_of
@@ -114,9 +114,11 @@ def resolve(
     if unknown := [name for name in wanted if name not in WAYS or name == "dense"]:
         found = "dense is always timed" if unknown == ["dense"] else f"no way {', '.join(unknown)}"
         raise RecipeError(f"ways {wanted}", found, ", ".join(name for name in WAYS if name != "dense"))
-    if clock not in CLOCKS or (clock == "thread" and (where.type != "cpu" or torch.get_num_threads() != 1)):
+    fits = {"wall": True, "thread": where.type == "cpu" and torch.get_num_threads() == 1, "graph": where.type == "cuda"}
+    if not fits.get(clock):
         found = f"{where.type} with {torch.get_num_threads()} threads"
-        raise RecipeError(f"clock {clock!r}", found, "wall; or thread, on cpu with OMP_NUM_THREADS=1")
+        hint = "wall; thread, on cpu with OMP_NUM_THREADS=1; graph, on cuda"
+        raise RecipeError(f"clock {clock!r}", found, hint)
     known = {name: WAYS[name] for name in wanted}
     shared: dict[str, Any] = {"rows": count, "densities": chosen, "repeats": runs, "seed": seed, "clock": clock}
     return Setting(device=where, dtype=DTYPES[kind], ways=known, **shared)

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from fewedges.errors import RecipeError
-from fewedges.measure.clock import SLOW_MS, Run, interleaved, peak_bytes, peaks
+from fewedges.measure.clock import SLOW_MS, WARM_UPS, Run, interleaved, peak_bytes, peaks
 from fewedges.measure.hardware import Hardware, Row
 from fewedges.measure.setting import SHAPES, WAY_SECONDS, Setting, counts_of, default, parse_shape, resolve
 from fewedges.measure.ways import WAYS, Built, Call, Case, Way
 from fewedges.model.loading import Loaded
+from fewedges.sparsify.launching import captured
 
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """A relative error beyond this is a wrong result, not rounding (float32: tf32 gives 3e-4; bfloat16: 3e-3)."""
 CHECKED_ROWS = 64
+REPLAYED = ", replayed"
 MIB = 2**20
 Tell = Callable[[str], None]
 
@@ -54,7 +56,8 @@ def hardware(
     `shapes` are inputs x outputs ("1024x4096"); with a model its own matrices are timed. `rows` is M, the number of
     input vectors (default 256 on CPU, 8192 on a GPU); `dtype` float32, bfloat16 (default on a GPU) or float16.
     `quick` takes one shape, three densities and 10 repeats where these are not given. `clock` "thread" counts only
-    CPU time of the one thread, for a machine that others use too. Into the folder `out` the table is written after
+    CPU time of the one thread, for a machine that others use too; "graph" replays calls as CUDA graphs, as compiled
+    models do, so that what Python takes to launch them does not count. Into the folder `out` the table is written after
     every round, and a run that was stopped goes on there: rounds that it holds are not timed again. Raises RecipeError
     for what cannot be timed at all, or if `out` holds a run of other settings; a way that cannot be had is a row with
     its reason.
@@ -149,7 +152,8 @@ def time_shape(shape: str, sides: tuple[int, int], setting: Setting, sheet: Shee
 def time_round(case: Case, names: Sequence[str], setting: Setting) -> tuple[list[Row], list[float]]:
     """Rows of these ways at one density, and the times of the dense layer that ran in between."""
     rows: dict[str, Row] = {}
-    runs: dict[str, Run] = {"dense": WAYS["dense"].build(case).calls["F.linear(x, W)"]}
+    dense = WAYS["dense"].build(case).calls["F.linear(x, W)"]
+    runs: dict[str, Run] = {"dense": replayed(dense) if setting.clock == "graph" else dense}
     for name in names:
         row, run = attempt(setting.ways[name], case, setting)
         rows[name] = {"what": name, "asked": case.density, **row}
@@ -173,11 +177,12 @@ def attempt(way: Way, case: Case, setting: Setting) -> tuple[Row, Run | None]:
     """Build a way and check its result: what is known before it is timed, and its fastest call; or why not."""
     try:
         built = way.build(case)
-        how, call = _fastest(built, case, setting)
+        how, call = _fastest(built.calls, case, setting)
         error = _error(built, call, case)
         if not error <= WRONG[setting.dtype]:  # NaN fails too
             raise ArithmeticError(f"its result is wrong: relative error {error:.1e}")
-        held = built.stored + case.x.numel() * case.x.element_size() + peak_bytes(call, setting.device)
+        called = built.calls[how.removesuffix(REPLAYED)]
+        held = built.stored + case.x.numel() * case.x.element_size() + peak_bytes(called, setting.device)
     except Exception as error:  # whatever a device, a torch build or a shape refuses
         return {"why": _reason(error)}, None
     facts = {"density": built.parameters / case.weight.numel(), "parameters": built.parameters}
@@ -186,14 +191,17 @@ def attempt(way: Way, case: Case, setting: Setting) -> tuple[Row, Run | None]:
     return {**facts, "how": ", ".join(filter(None, (how, built.how)))}, call
 
 
-def _fastest(built: Built, case: Case, setting: Setting) -> tuple[str, Call]:
+def _fastest(calls: Mapping[str, Call], case: Case, setting: Setting) -> tuple[str, Call]:
     """The one of a way's calls that is fastest here; calls that fail are out while one is left, slow ones run once."""
     works, first = {}, None
-    for how, call in built.calls.items():
+    for how, call in calls.items():
         try:
             _check_shape(call(), case)
             works[how] = call
-        except Exception as error:
+            if setting.clock == "graph":
+                works[how + REPLAYED] = replayed(call)
+                del works[how]
+        except Exception as error:  # of a call that works and cannot be captured too: it is timed as it is
             first = first or error
     if not works:
         raise first or ValueError("it has no call")
@@ -206,6 +214,19 @@ def _fastest(built: Built, case: Case, setting: Setting) -> tuple[str, Call]:
         times, works = interleaved(quick, setting.device, 3, **tried), quick
     best = min(works, key=lambda how: min(times[how]))
     return best, works[best]
+
+
+def replayed(call: Call) -> Call:
+    """The call's launches as one CUDA graph."""
+    for _ in range(WARM_UPS):
+        call()
+    graph, y = captured(call)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return y
+
+    return replay
 
 
 def _check_shape(y: Tensor, case: Case) -> None:

@@ -22,6 +22,7 @@ Kernel = Literal["reference", "triton"]
 WARM, TIMED, ROW = 2, 7, 10
 """Runs of every candidate before it is timed, replays that are timed, and runs in one of them."""
 
+R = TypeVar("R")
 T = TypeVar("T", bound=tuple[Any, ...])
 Key = tuple[str, tuple[int, ...], str, str]
 
@@ -95,7 +96,7 @@ def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
     try:
         for _ in range(WARM):
             launch(tile)
-        graph = _captured(lambda: [launch(tile) for _ in range(ROW)])
+        graph, _ = captured(lambda: [launch(tile) for _ in range(ROW)])
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED)]
         for start, end in events:
             start.record()
@@ -107,18 +108,21 @@ def _time(launch: Callable[[T], Any], tile: T) -> tuple[float, str]:
     return statistics.median(start.elapsed_time(end) for start, end in events) / ROW, ""
 
 
-def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """What `run` launches, as a CUDA graph; torch.cuda.graph would also collect garbage and empty the cache."""
+def captured(run: Callable[[], R]) -> tuple[torch.cuda.CUDAGraph, R]:
+    """What `run` launches, as a CUDA graph, and what it returned, which replays fill again.
+
+    torch.cuda.graph would also collect garbage and empty the cache.
+    """
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         graph.capture_begin(capture_error_mode="thread_local")  # autograd has a thread of its own
         try:
-            run()
+            result = run()
         finally:
             graph.capture_end()
     torch.cuda.synchronize()
-    return graph
+    return graph, result
 
 
 def untraced(function: Callable[..., Tensor], *given: Any) -> Tensor:
