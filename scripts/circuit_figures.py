@@ -11,6 +11,7 @@ Prints what share of each circuit's edges MLPs write, and writes the ratios of t
 RESULTS/few-heads/seeds.json.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pathlib import Path
 from attention_circuits import NAMES
 
 from fewedges import store
+from fewedges.explain.circuit import LEVELS
 from fewedges.explain.explaining import read_explained
 from fewedges.explain.over_seeds import ratio_over_seeds
 from fewedges.pictures import draw_circuits, draw_effects
@@ -55,16 +57,17 @@ def read(folder: Path) -> dict:
 
 
 def over_seeds(found: dict, others: list) -> dict:
-    """By task, count and model: each run's ratio to dense at 0.9, their geometric mean, its interval."""
+    """By task, count and model, then level: each run's ratio to dense, their geometric mean, its interval."""
     rows: dict = {}
     for (title, first), again in zip(found.items(), others, strict=True):
         runs = [first, *again]
-        for count in ("edges", "heads"):
-            for label in ("sparse", "control"):
-                mean, low, high = ratio_over_seeds(runs, count, label=label)
-                each = [run.ratio(count, label=label) for run in runs]
-                rows.setdefault(title, {})[f"{count}, {label}"] = {"runs": each, "mean": mean, "interval": [low, high]}
-                print(f"{title}, {count}, dense / {label}: {mean:.2f} ({low:.2f} to {high:.2f}) of {each}")
+        for count, label in itertools.product(("edges", "heads"), ("sparse", "control")):
+            levels = rows.setdefault(title, {})[f"{count}, {label}"] = {}
+            for level in LEVELS:
+                mean, low, high = ratio_over_seeds(runs, count, level, label=label)
+                each = [run.ratio(count, level, label=label) for run in runs]
+                levels[f"{level:g}"] = {"runs": each, "mean": mean, "interval": [low, high]}
+                print(f"{title}, {count}, dense / {label} at {level:g}: {mean:.2f} ({low:.2f} to {high:.2f}) of {each}")
     return rows
 
 

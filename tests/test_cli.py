@@ -1,6 +1,6 @@
 """The command line: help one can trust, exit codes one can script, json whose keys stay.
 
-Five processes are started in all; the rest calls `main`.
+Seven processes are started in all; the rest calls `main`.
 """
 
 import functools
@@ -395,6 +395,18 @@ def test_draw_writes_connectivity_maps_and_curve(run, tmp_path, capsys):
     assert {file.stem.split("-")[0] for file in files} == {"connectivity", "heads", "curve"}
     assert {file.suffix for file in files} == {".svg", ".png"}
     assert all(file.parent == tmp_path / "p" and file.stat().st_size > 1000 for file in files)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("words", [["demo", "--dry-run"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fewedges", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    run.stdout.close()
+    _, said = run.communicate(timeout=60)
+    assert (run.returncode, said) == (141, "")
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The command line: one verb a stage. Imports torch only inside a verb.
 
 Exit codes: 0 done, 1 refused or failed (with a message that says what to try), 2 wrong usage, 130 and 143 stopped
-by a signal with the state saved. No traceback unless --debug.
+by a signal with the state saved, 141 whoever read the output has gone. No traceback unless --debug.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -78,7 +79,7 @@ def info(model: Model, *, device: str = "cpu", json: bool = False) -> None:
     dense = found.dense if isinstance(found, Sparse) else found.loaded if isinstance(found, Pruned) else found
     if json:
         probes = check_sparse(found) if isinstance(found, Sparse) else dense.probes
-        _print_json({"name": dense.name, "anatomy": _plain(dense.anatomy), "probes": probes})
+        _print_json({"name": dense.name, "anatomy": dataclasses.asdict(dense.anatomy), "probes": probes})
     else:
         print(dense if found is dense else f"{found}\n\n{dense}")
 
@@ -299,6 +300,16 @@ VERBS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit code."""
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
+        code = 141
+    return code
+
+
+def _run(args: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -323,12 +334,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, RecipeError) else 1
     except Exception as error:  # a bug, or a library's own complaint
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
-        print(
-            f"error: {type(error).__name__}: {error}. Try: the same command with --debug, and report it",
-            file=sys.stderr,
-        )
+        hint = "the same command with --debug, and report it"
+        print(f"error: {type(error).__name__}: {error}. Try: {hint}", file=sys.stderr)
         return 1
     return 0
 
@@ -386,9 +395,3 @@ def _positions(
 
 def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
-
-
-def _plain(data: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.asdict(data)

@@ -25,7 +25,7 @@ LEFT, RIGHT, GAP = 0.42, 0.1, 0.16  # inches beside and between the panels
 HIGH, BETWEEN, BELOW, ABOVE = 1.3, 0.42, 0.62, 0.24  # a panel; between rows; under the last row; over the first
 NARROWEST = 1.3  # inches: a panel where four do not fit
 KEY, SAMPLE = 0.15, 0.42  # inches: a further line of the key; what an entry takes beside its words
-LOWEST, HIGHEST = -0.5, 1.5  # an effect beyond is cut off: a circuit of a few edges can have any
+LOWEST, HIGHEST = -0.75, 1.5  # an effect beyond is cut off: a circuit of a few edges can have any
 
 
 class Look(NamedTuple):
@@ -152,7 +152,8 @@ def arrange(tasks: list[Effects], rows: list[str], title: str, interval: str) ->
     curves = [curve for task in tasks for name in rows for curve in getattr(task, name)]
     count = len(tasks)
     room = (ONE_COLUMN if count <= 2 else TWO_COLUMNS) - LEFT - RIGHT - (count - 1) * GAP
-    values = np.concatenate([np.clip(curve.effect[curve.edges >= 1], LOWEST, HIGHEST) for curve in curves])
+    shown = [(curve, x) for curve in curves for x in (curve.effect, curve.low, curve.high) if x is not None]
+    values = np.concatenate([np.clip(x[curve.edges >= 1], LOWEST, HIGHEST) for curve, x in shown])
     values = values[np.isfinite(values)]
     last = next(group[-1].label for name in rows for task in tasks if (group := getattr(task, name)))
     labels = (*(label for label in dict.fromkeys(curve.label for curve in curves) if label != last), last)

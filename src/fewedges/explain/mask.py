@@ -1,11 +1,13 @@
-"""Learn which edges to keep: hard-concrete gates on all edges at once, the upper bound beside attribution.
+"""Learn which edges to keep: hard-concrete gates on all edges at once, a bound beside attribution where it converges.
 
     s = sigmoid((log u - log(1 - u) + a) / 0.67),   z = clip(1.2 s - 0.1, 0, 1),   u uniform
     minimise  KL(full model || circuit z) + m1 (rho - target) + m2 (rho - target)^2,   m1, m2 ascending
 
 rho is the expected share of edges kept (z > 0). Sources: Louizos, Welling, Kingma 2018, arXiv:1712.01312 (gates);
 Bhaskar, Wettig, Friedman, Chen 2024, arXiv:2406.16778 (edges, Lagrangian). Where we differ: one network of gates on
-edges only, none on nodes, and the result is not one circuit but the `a` of every edge, a ranking like any other.
+edges only, none on nodes, and the result is not one circuit but the `a` of every edge, a ranking like any other. With
+hundreds of steps it recovers planted circuits; on 70,000 edges of SmolLM2 200 steps are far worse than EAP-IG
+(results/circuits).
 
 Shapes: B prompt, T token, N = B * T, D width, J source, I destination, n destination of one reading point.
 """
