@@ -145,6 +145,14 @@ def test_all_panels_have_one_scale_of_effects_that_holds_them_up_to_a_bound():
 
 
 @pytest.mark.stays
+@pytest.mark.parametrize(("low", "floor"), [(-0.3, -0.34), (-9.0, -0.79)])
+def test_a_band_below_its_line_is_inside_the_panel_up_to_the_bound(low, floor):
+    deep = Curve(label="sparse", edges=[1, 10, 100], effect=[0.0, 0.1, 1.0], low=[low, 0.0, 1.0], high=[0.1, 0.2, 1.0])
+    axes = explained_effect([Effects(title="x", edges=[curve("dense", 300), deep])]).axes[0]
+    assert axes.get_ylim()[0] == pytest.approx(floor)
+
+
+@pytest.mark.stays
 def test_rows_and_columns_without_curves_stay_empty():
     assert len(explained_effect([task(heads=False)] * 3).axes) == 3
     assert len(explained_effect([task(), task(heads=False)]).axes) == 3

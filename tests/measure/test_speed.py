@@ -304,8 +304,11 @@ def test_on_a_gpu_calls_can_be_replayed_as_graphs_and_what_cannot_is_timed_as_it
 
     monkeypatch.setattr(speed, "captured", capture)
     asked = {"device": "cpu", "dtype": None, "densities": [0.5], "rows": 8, "ways": None, "repeats": 3}
-    setting = replace(resolve(**asked, quick=False, seed=0, clock="wall"), clock="graph")
+    wall = resolve(**asked, quick=False, seed=0, clock="wall")
     case = Case(torch.randn(8, 64), torch.randn(64, 64), 0.5)
+    assert "how" in speed.time_round(case, ["butterfly"], wall)[0][0]
+    assert not replays
+    setting = replace(wall, clock="graph")
     rows, times = speed.time_round(case, ["masked", "butterfly"], setting)
     masked, butterfly = rows
     assert masked["how"] == "F.linear(x, W * mask)"
