@@ -12,7 +12,7 @@ NUMBERS = ["331,776", "165,888", "0.5017", "0.901", "0.902", "1.000", "1,327,104
 
 def found(name="model.layers.11.self_attn.q_proj"):
     row = {"name": name, "shape": (576, 576), "parameters": 331_776, "nnz": 165_888, "density": 0.5017}
-    row |= {"cover(16)": 0.901, "cover(32)": 0.902, "cover(64)": 1.0, "bytes": 1_327_104}
+    row |= {"cover(16)": 0.901, "cover(32)": 0.902, "cover(64)": 1.0, "flops": 331_776, "bytes": 1_327_104}
     models = {"sparse": {"cross_entropy": 3.1416, "bytes": 806_144_512, "model_bytes": None}}
     return Ledger(matrices=[row], models=models, facts={"made": "addition: prune"})
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fewedges as fe
 from fewedges.data.addition import Sums
@@ -121,12 +122,26 @@ def test_the_loss_is_that_of_the_measure_of_a_dense_model(runs, addition):
     assert values["model_bytes"] - values["bytes"] == sizes - found.models["dense"]["bytes"]
 
 
+@pytest.mark.matches
+def test_flops_of_dense_matrices_are_those_torch_counts_and_of_sparse_ones_their_share(runs, addition):
+    run, found = runs["unstructured"], fe.measure(runs["unstructured"])
+    for name, matrix in matrices_of(addition).items():
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            matrix.module(torch.randn(1, matrix.shape[1]))
+        (row,) = [row for row in found.matrices if row["name"] == name]
+        share = (run.masks.patterns[name].mask().sum() / matrix.parameter.numel()).item()
+        assert row["flops"] == round(counted.get_total_flops() * share)
+    assert found.models["dense"]["flops"] == 2 * found.total()["parameters"]
+    assert found.models["sparse"]["flops"] == found.models["random"]["flops"] == found.total()["flops"]
+    assert "| FLOPs a token |" in str(found)
+
+
 @pytest.mark.says
 def test_the_ledger_says_how_it_was_made_and_keeps_its_keys(runs, tmp_path):
     found = fe.measure(runs["all"])
     data = json.loads(found.save(tmp_path / "l.json").read_text())
     assert {"matrices", "total", "models", "base", "made", "tokens", "context_length", "versions"} <= set(data)
-    row = {"name", "shape", "parameters", "nnz", "density", "cover(16)", "cover(32)", "cover(64)", "bytes"}
+    row = {"name", "shape", "parameters", "nnz", "density", "cover(16)", "cover(32)", "cover(64)", "bytes", "flops"}
     assert all(set(matrix) == row for matrix in data["matrices"])
     assert set(data["total"]) == row - {"name", "shape"}
     text = str(found)

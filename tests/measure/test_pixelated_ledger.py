@@ -46,16 +46,20 @@ def test_counts_are_those_by_hand(name, kept, dtype):
         cells, low, stored = hand.get(n, (None, 0, size * dtype.itemsize))
         assert (row["shape"], row["parameters"], row["bytes"]) == ((rows_, columns), size, stored)
         assert row["nnz"] == (size if cells is None else cells + low)
+        assert row["flops"] == 2 * row["nnz"]
         assert row["cells"] == (None if cells is None else cells / size)
         assert (row["low_rank"], row["density"]) == (low / size, row["nnz"] / size)
         assert row["cover(16)"] == (1.0 if cells is None else result.plans[n].pattern(rows_, columns).cover(16))
     total = sum(r * c for r, c in shapes.values())
     stored = sum(row["bytes"] for row in found.matrices)
     whole = sum(p.numel() for p in dense.model.parameters()) * dtype.itemsize
-    assert found.models["dense"] == {"density": 1.0, "bytes": total * dtype.itemsize, "model_bytes": whole}
+    sizes = {"bytes": total * dtype.itemsize, "model_bytes": whole}
+    assert found.models["dense"] == {"density": 1.0, "flops": 2 * total} | sizes
     mine = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     now = sum(row["nnz"] for row in found.matrices) / total
-    assert found.models["pixelated"] == {"density": now, "bytes": stored, "model_bytes": mine}
+    flops = found.total()["flops"]
+    assert flops == sum(row["flops"] for row in found.matrices) == round(2 * total * now)
+    assert found.models["pixelated"] == {"density": now, "flops": flops, "bytes": stored, "model_bytes": mine}
     assert mine == whole - total * dtype.itemsize + stored
     assert found.total()["density"] == now < 1
     assert found.total()["cells"] == pytest.approx(sum(c for c, _, _ in hand.values()) / total)

@@ -46,6 +46,7 @@ MODELS = {
     "kl": ("KL to dense", "{:.4f}"),
     "accuracy": ("exact match", "{:.4f}"),
     "density": ("density", "{:.4f}"),
+    "flops": ("FLOPs a token", "{:,}"),
     "bytes": ("bytes of matrices", "{:,}"),
     "model_bytes": ("bytes of model", "{:,}"),
 }
@@ -56,15 +57,18 @@ class Ledger:
     """Numbers of a model with sparse weights: by matrix, in all, and of the model beside dense and controls."""
 
     matrices: list[dict[str, Any]]
-    """name, shape, parameters, nnz, density, cover(16), cover(32), cover(64), bytes (None: cannot be told)."""
+    """name, shape, parameters, nnz, flops (2 a kept entry: one token), density, cover(16), cover(32), cover(64), bytes
+    (None: cannot be told)."""
     models: dict[str, dict[str, Any]]
-    """dense, random, magnitude, sparse: density, bytes, and where a text was scored its loss."""
+    """dense, random, magnitude, sparse: density, flops and bytes of the matrices, and of a scored text the loss."""
     facts: dict[str, Any] = field(default_factory=dict)
     """stages, base; of the text: context_length, tokens, file; device, versions."""
 
     def total(self) -> dict[str, Any]:
         """The sums over matrices (None of what is not known); densities and covers are those of all together."""
-        summed: dict[str, Any] = {name: sum(row[name] for row in self.matrices) for name in ("parameters", "nnz")}
+        summed: dict[str, Any] = {
+            name: sum(row[name] for row in self.matrices) for name in ("parameters", "nnz", "flops")
+        }
         summed["bytes"] = _sum(row["bytes"] for row in self.matrices)
         covers = {f"cover({b})": _cover(self.matrices, b) for b in COVERS}
         return {**summed, "density": summed["nnz"] / summed["parameters"], **covers}
@@ -231,13 +235,14 @@ def _scored(pruned: Pruned, dense: Loaded, batches: list[Any], protocol: Protoco
 
 
 def _sizes(pruned: Pruned) -> dict[str, Any]:
-    """Density and bytes of the matrices, and bytes of the model: all else is dense."""
+    """Density, FLOPs a token and bytes of the matrices, and bytes of the model: all else is dense."""
     rows = pruned.rows()
     inside = {f"{row['name']}.weight" for row in rows}
     rest = _sum(bytes_of(p) for name, p in pruned.model.named_parameters() if name not in inside)
     counted = _sum(row["bytes"] for row in rows)
     density = sum(row["nnz"] for row in rows) / sum(row["parameters"] for row in rows)
-    return {"density": density, "bytes": counted, "model_bytes": _sum([counted, rest])}
+    flops = sum(row["flops"] for row in rows)
+    return {"density": density, "flops": flops, "bytes": counted, "model_bytes": _sum([counted, rest])}
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:

@@ -25,7 +25,7 @@ class PixelatedLedger(Ledger):
     def total(self) -> dict[str, Any]:
         """The sums over matrices; densities and covers are those of all together, a dense matrix's in density alone."""
         size = sum(row["parameters"] for row in self.matrices)
-        summed = {name: sum(row[name] for row in self.matrices) for name in ("nnz", "bytes")}
+        summed = {name: sum(row[name] for row in self.matrices) for name in ("nnz", "flops", "bytes")}
         parts = {n: sum((row[n] or 0) * row["parameters"] for row in self.matrices) for n in ("cells", "low_rank")}
         parts = {name: part / size for name, part in parts.items()}
         covers = {f"cover({b})": _cover(self.matrices, b) for b in COVERS}
@@ -73,15 +73,15 @@ def _made(what: PixelatedModel | Loaded) -> str:
 
 
 def _sizes(loaded: Loaded) -> dict[str, dict[str, Any]]:
-    """Density and bytes of the matrices, and bytes of the model, dense (in the same format) and as it is."""
+    """Density, FLOPs a token and bytes of the matrices, of the model bytes; dense (in the same format) and as is."""
     rows = rows_of(loaded)
     parameters = {id(p): p for p in loaded.model.parameters()}.values()
     size, stored, counted = (sum(row[name] for row in rows) for name in ("parameters", "nnz", "bytes"))
     whole = size * next(iter(parameters)).element_size()
     model = sum(p.numel() * p.element_size() for p in parameters)
     return {
-        "dense": {"density": 1.0, "bytes": whole, "model_bytes": model - counted + whole},
-        "pixelated": {"density": stored / size, "bytes": counted, "model_bytes": model},
+        "dense": {"density": 1.0, "flops": 2 * size, "bytes": whole, "model_bytes": model - counted + whole},
+        "pixelated": {"density": stored / size, "flops": 2 * stored, "bytes": counted, "model_bytes": model},
     }
 
 

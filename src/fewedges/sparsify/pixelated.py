@@ -164,12 +164,19 @@ def _row(name: str, module: nn.Module) -> dict[str, Any]:
         matrix = Matrix(name, module)
         whole = dense(matrix.shape)
         known = {"name": name, "shape": matrix.shape, "parameters": whole.size, "nnz": whole.size, "density": 1.0}
-        known |= {"cells": None, "low_rank": 0.0, "rank": 0, **{f"cover({b})": 1.0 for b in COVERS}}
+        known |= {
+            "flops": whole.flops(1),
+            "cells": None,
+            "low_rank": 0.0,
+            "rank": 0,
+            **{f"cover({b})": 1.0 for b in COVERS},
+        }
         return {**known, "bytes": bytes_of(matrix.parameter)}
     shape, plan = (module.out_features, module.in_features), module.plan
     low, stored = plan.rank * sum(shape), plan.parameters(*shape)
     size = shape[0] * shape[1]
     known = {"name": name, "shape": shape, "parameters": size, "nnz": stored, "density": stored / size}
+    known["flops"] = module.flops(1)
     known |= {"cells": (stored - low) / size, "low_rank": low / size, "rank": plan.rank}
     covers = {f"cover({b})": plan.pattern(*shape).cover(b) if plan.grid else 0.0 for b in COVERS}
     parts = [p for part, p in module.named_parameters() if part != "bias"]

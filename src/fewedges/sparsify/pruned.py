@@ -66,7 +66,7 @@ class Pruned:
         return self.loaded.tokenizer
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a matrix: shape, nnz, density, cover of 16, 32 and 64, bytes of what is kept or of its codes.
+        """One row a matrix: shape, nnz, density, cover of 16, 32 and 64, FLOPs a token, bytes of what is kept or coded.
 
         Bytes of torchao's tensors are those of all their codes and scales, as they lie in memory: zeros count, and
         4-bit codes may lie in a byte each. None where a tensor does not say what it is made of.
@@ -83,7 +83,13 @@ class Pruned:
             stored = pattern.bytes(matrix.parameter.dtype)
         else:
             stored = codes.bytes if isinstance(pattern, Dense) else min(codes.bytes, _sparse_codes(pattern, codes))
-        known = {"name": name, "shape": matrix.shape, "parameters": pattern.size, "nnz": pattern.nnz}
+        known = {
+            "name": name,
+            "shape": matrix.shape,
+            "parameters": pattern.size,
+            "nnz": pattern.nnz,
+            "flops": pattern.flops(1),
+        }
         return {**known, "density": pattern.density, **covers, "bytes": stored}
 
     def check(self, after: str = "a change") -> None:
