@@ -5,8 +5,8 @@
     TRITON_INTERPRET=1 python benchmarks/blocks.py out.csv --dry         # every path once, tiny, on a CPU
 
 check: relative 2-norms against float64, the kernel with every candidate tile beside torch's own products in the same
-dtype; the exit code says if any is twice as wrong. cells, graphs, blocks:
-milliseconds by CUDA events as in benchmarks/attention.py (cold L2), dense timed anew beside every group; `graphs`
+dtype; the exit code says if any is twice as wrong. cells, blocks:
+milliseconds by CUDA events as in benchmarks/attention.py (cold L2), dense timed anew beside every group; `-graphs`
 are the same calls replayed as CUDA graphs. `fwd` is the layer's call, `fwd+bwd` adds the gradients of inputs and of
 all parameters. `speedup` is dense over it, medians. Tile shapes are tried at first use: out.tiles.csv has them all.
 """
@@ -16,7 +16,7 @@ import csv
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,15 +24,15 @@ from attention import row
 from inference import graphed
 from torch import Tensor, nn
 
-from fewedges.sparsify import block_kernel, cell_kernel
+from fewedges.sparsify import block_kernel, cell_gradients, cell_products
 from fewedges.sparsify.block_kernel import BlockIndex, block_product, index_blocks
 from fewedges.sparsify.butterfly import PixelatedLinear, Plan
 from fewedges.sparsify.cell_kernel import pixelated_product
-from fewedges.sparsify.launching import trials
+from fewedges.sparsify.launching import power_above, trials
 from fewedges.sparsify.pattern import Blocks
 
 Run = Callable[[], object]
-PARTS = ("check", "cells", "graphs", "blocks")
+PARTS = ("check", "cells", "cell-graphs", "blocks", "block-graphs")
 FIELDS = "what shape dtype device torch ms_p20 ms_p50 ms_p80 peak_mib density speedup".split()
 CELLS = {  # inputs, outputs, bias, plans: about .19 with and without a low rank, and what its butterfly costs alone
     "7B up": (4096, 11008, False, (Plan(16, 1, 192), Plan(16, 2, 0), Plan(16, 1, 0))),
@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shapes", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--repeats", type=int, default=40, help="timed runs a row; at least 30 for a result")
     parser.add_argument("--seconds", type=float, default=190, help="begin no new group of rows after this long")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, nothing timed")
@@ -71,7 +72,7 @@ def main() -> None:
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        for name, group in groups(options.parts, device, options.dry):
+        for name, group in groups(options.parts, options.shapes, device, options.dry):
             passed = time.perf_counter() - started
             print(f"-- {name}, after {passed:.0f} s" + (": left out" if passed > options.seconds else ""), flush=True)
             for found in group(timed) if passed <= options.seconds else ():
@@ -81,16 +82,18 @@ def main() -> None:
     sys.exit(0 if worst <= 2 else f"a kernel is {worst:.1f} times as wrong as torch in the same dtype")
 
 
-def groups(parts: tuple[str, ...], device: torch.device, dry: bool) -> Iterator[tuple[str, Callable]]:
+def groups(
+    parts: Sequence[str], names: Sequence[str], device: torch.device, dry: bool
+) -> Iterator[tuple[str, Callable]]:
     """Name and rows of every group; the dense row comes first."""
-    shapes, tokens = (TINY, (33,)) if dry else (CELLS, TOKENS)
+    shapes, tokens = (TINY, (33,)) if dry else ({name: CELLS[name] for name in names}, TOKENS)
     replay = (lambda run: run) if dry else graphed
     for name, (inputs, outputs, bias, plans) in shapes.items():
         for m in tokens:
             given = (f"{name} {inputs}->{outputs} M{m}", inputs, outputs, m, device)
             if "cells" in parts:
                 yield f"cells {given[0]}", functools.partial(time_cells, *given, bias, plans, lambda run: run, "")
-            if "graphs" in parts:
+            if "cell-graphs" in parts:
                 yield f"graphs {given[0]}", functools.partial(time_cells, *given, bias, plans, replay, "graph ")
     for name, (inputs, outputs, *_) in shapes.items():
         for m in tokens:
@@ -99,7 +102,7 @@ def groups(parts: tuple[str, ...], device: torch.device, dry: bool) -> Iterator[
             given = (f"{name} {sides[0]}->{sides[1]} M{m}", *sides, m, device)
             if "blocks" in parts:
                 yield f"blocks {given[0]}", functools.partial(time_blocks, *given, sizes, lambda run: run, "")
-            if "graphs" in parts:
+            if "block-graphs" in parts:
                 yield f"graphs blocks {given[0]}", functools.partial(time_blocks, *given, sizes, replay, "graph ")
 
 
@@ -227,8 +230,8 @@ def check_cells(device: torch.device, inputs: int, outputs: int, plan: Plan, m: 
     truth = gradients(exact, x.double(), list(exact.parameters()))
     plain, worst = gradients(layer, x, parameters), 0.0
     low = (None, None) if layer.low is None else (layer.low.up, layer.low.down)
-    given = (layer.sparse.weight, layer.sparse.columns, layer.sparse.sources, *low, layer.gamma, layer.bias)
-    for tiles in cell_tiles(dtype, x.device):
+    given = (*layer.sparse.joined(layer.sparse.weight), *low, layer.gamma, layer.bias)
+    for tiles in cell_tiles(dtype, x.device, plan.rank):
         run = functools.partial(call, pixelated_product, given, {"tiles": tiles})
         name = f"cells {inputs}->{outputs} {plan} M{m} {dtype} {[tuple(tile) for tile in tiles]}"
         worst = max(worst, judged(name, names, run, x, parameters, plain, truth))
@@ -252,10 +255,19 @@ def check_blocks(device: torch.device, inputs: int, outputs: int, b: int, densit
     return worst
 
 
-def cell_tiles(dtype: torch.dtype, device: torch.device) -> list[cell_kernel.Tiles]:
-    size = dtype.itemsize
-    found = pairs(cell_kernel.PRODUCTS[size], cell_kernel.GRADIENTS[size], dtype, device)
-    return [cell_kernel.Tiles(a, b, c._replace(splits=1 + n % 3)) for n, (a, b, c) in enumerate(found)]
+def cell_tiles(dtype: torch.dtype, device: torch.device, rank: int) -> list[cell_products.Tiles]:
+    """Every candidate at least once; thin products by torch and by the kernel, in several parts."""
+    size, wide = dtype.itemsize, power_above(max(rank, 1))
+    found = pairs(cell_products.PRODUCTS[size], cell_gradients.GRADIENTS[size], dtype, device)
+    own = (
+        cell_products.THIN[size] if dtype == torch.bfloat16 and device.type == "cuda" else cell_products.THIN[size][:1]
+    )
+    thin = [t._replace(columns=min(t.columns, wide)) for t in own]
+    thin = [cell_products.BY_TORCH, *(thin if device.type == "cuda" else map(shrunk, thin))]
+    low = [thin[n % len(thin)]._replace(splits=1 + n % 4) if n % len(thin) else thin[0] for n in range(len(found) + 1)]
+    return [
+        cell_products.Tiles(a, b, c._replace(splits=1 + n % 3), low[n], low[n + 1]) for n, (a, b, c) in enumerate(found)
+    ]
 
 
 def pairs(products: tuple, gradients: tuple, dtype: torch.dtype, device: torch.device) -> list[tuple]:
@@ -269,7 +281,7 @@ def pairs(products: tuple, gradients: tuple, dtype: torch.dtype, device: torch.d
 
 def shrunk(tile: tuple) -> tuple:
     """For the interpreter."""
-    if isinstance(tile, cell_kernel.Tile):
+    if isinstance(tile, cell_products.Tile):
         return tile._replace(rows=16, columns=32, depth=16)
     return tile._replace(depth=32, **({"rows": 16} if isinstance(tile, block_kernel.BlockTile) else {}))
 

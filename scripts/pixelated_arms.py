@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fewedges import store
 from fewedges.data.text import SEPARATOR, Text
 from fewedges.measure.clock import peaks
-from fewedges.sparsify import cell_kernel
+from fewedges.sparsify import cell_gradients, cell_products
 from fewedges.sparsify.butterfly import PixelatedLinear, Plan
 from fewedges.sparsify.pixelate import pixelate_, plan_for
 
@@ -25,8 +25,8 @@ ARMS = ("dense", "pixelated", "random", "low-rank", "small")
 BYTES = 256
 MATRICES = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
 """Outputs and inputs of a block's matrices, in widths."""
-FEW_PRODUCTS, FEW_GRADIENTS = (0, 2, 4, 5, 6), (0, 2, 4)
-"""Places in cell_kernel's candidates: one of each kind of tile, so that compiling them takes 20 s and not 45."""
+FEW_PRODUCTS, FEW_GRADIENTS, FEW_THIN = (0, 2, 4, 5, 6), (0, 2, 4), (0, 2)
+"""Places in the kernels' candidates: one of each kind of tile, so that compiling them takes 20 s and not 45."""
 
 
 # -- models --------------------------------------------------------------------------------------------------------
@@ -286,7 +286,12 @@ def texts(args):
 
 def shorten_tiles_():
     """Fewer candidates for the kernels of bfloat16 cells."""
-    for table, places in ((cell_kernel.PRODUCTS, FEW_PRODUCTS), (cell_kernel.GRADIENTS, FEW_GRADIENTS)):
+    few = (
+        (cell_products.PRODUCTS, FEW_PRODUCTS),
+        (cell_gradients.GRADIENTS, FEW_GRADIENTS),
+        (cell_products.THIN, FEW_THIN),
+    )
+    for table, places in few:
         table[2] = tuple(table[2][place] for place in places)
 
 

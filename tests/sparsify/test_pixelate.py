@@ -119,6 +119,27 @@ def test_what_is_loaded_is_what_was_saved(name, tmp_path):
 
 
 @pytest.mark.survives
+def test_a_run_saved_before_cells_came_by_rising_column_is_read_as_it_was(tmp_path):
+    """Then a row of cells held itself first, then itself xor 1, xor 2."""
+    first, second = tiny_loaded("llama"), tiny_loaded("llama", seed=1)
+    result = pixelate_(first, 0.6, block=2)
+    saved = store.load(result.save(tmp_path, first))
+    tensors = {name: dict(part) for name, part in saved.tensors.items()}
+    for name, plan in result.plans.items():
+        flips = [0, *(2**t for t in range(plan.factors))]
+        rows = tensors["weights"][f"{name}.sparse.weight"].unflatten(-1, (len(flips), -1))
+        for i, row in enumerate(rows.clone()):
+            rising = sorted(i ^ flip for flip in flips)
+            rows[i] = torch.stack([row[:, rising.index(i ^ flip)] for flip in flips], dim=1)
+    assert any(plan.factors > 1 for plan in result.plans.values())
+    old = {name: fact for name, fact in saved.facts.items() if name != "cells"}
+    store.save(tmp_path / "old", saved.kind, tensors, old)
+    load_pixelated_(tmp_path / "old", second.model)
+    given = NoiseBatches().at(0, 2).tokens
+    assert torch.equal(logits(first.model, given), logits(second.model, given))
+
+
+@pytest.mark.survives
 def test_a_folder_that_does_not_fit_leaves_the_model_alone(tmp_path):
     loaded = tiny_loaded("llama")
     result = pixelate_(loaded, 0.4, block=4, keep_dense=("o_proj",))

@@ -29,10 +29,10 @@ GAMMA = 0.5
 
 
 def neighbours(grid: int, factors: int) -> Int[Tensor, "B n"]:
-    """Columns of the live cells of every row of cells: itself, then itself xor 1, 2, 4, ... 2^(factors - 1)."""
+    """Columns of the live cells of every row of cells, rising: itself, and itself xor 1, 2, 4, ... 2^(factors - 1)."""
     _check_grid(grid, factors)
     flips = torch.tensor([0, *(2**t for t in range(factors))])
-    return torch.arange(grid)[:, None] ^ flips
+    return (torch.arange(grid)[:, None] ^ flips).sort(1).values
 
 
 def random_neighbours(grid: int, live: int, seed: int = 0) -> Int[Tensor, "B n"]:
@@ -101,6 +101,7 @@ class GatheredCells(nn.Module):
 
     columns: Tensor
     sources: Tensor
+    pairs: Tensor | None
 
     def __init__(self, rows: int, columns: int, plan: Plan):
         super().__init__()
@@ -110,13 +111,26 @@ class GatheredCells(nn.Module):
         """(B, h, n w): the rows of a row of cells over their live inputs."""
         self.register_buffer("columns", plan.columns(), persistent=False)
         self.register_buffer("sources", _sources(self.columns), persistent=False)
+        paired = live == 2 and torch.equal(self.columns, neighbours(plan.grid, 1))
+        self.register_buffer("pairs", torch.arange(plan.grid // 2)[:, None] if paired else None, persistent=False)
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch R"]:
         """x B^T."""
         x, weight = as_autocast(x, self.weight)
         rows = x.reshape(-1, x.shape[-1])
-        y: Any = _GatheredProduct.apply(rows, weight, self.columns, self.sources)
+        y: Any = _GatheredProduct.apply(rows, *self.joined(weight))
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def joined(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, and columns and sources of its cells, as they are multiplied.
+
+        A butterfly of one factor is block diagonal: rows of cells 2i and 2i + 1 both read the columns 2i and 2i + 1, so
+        these four are one cell, and nothing is gathered.
+        """
+        if self.pairs is None:
+            return weight, self.columns, self.sources
+        grid, height, wide = weight.shape
+        return weight.view(grid // 2, 2 * height, wide), self.pairs, self.pairs
 
     def dense(self) -> Float[Tensor, "R C"]:
         """The matrix with its zeros; differentiable."""
@@ -205,7 +219,7 @@ class PixelatedLinear(nn.Module):
         x, weight, up, down, bias = as_autocast(
             x, cells.weight, self.low and self.low.up, self.low and self.low.down, self.bias
         )
-        return pixelated_product(x, weight, cells.columns, cells.sources, up, down, self.gamma, bias)
+        return pixelated_product(x, *cells.joined(weight), up, down, self.gamma, bias)
 
     @property
     def weight(self) -> Float[Tensor, "R C"]:

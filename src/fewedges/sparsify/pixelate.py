@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fewedges import store
@@ -29,6 +29,8 @@ from fewedges.sparsify.projecting import fill_, project
 
 Start = Literal["project", "scratch"]
 KIND = "pixelated"
+RISING = "rising"
+"""Order of the cells in a row as they are saved: by column. A run that does not say so is of before."""
 RANKS = 8
 """A rank is a multiple of it where one fits: the kernel copies 16 bytes at a time, 8 numbers of 2 bytes."""
 
@@ -74,6 +76,7 @@ class Pixelated:
             "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "errors": self.errors,
+            "cells": RISING,
             "model": type(model).__name__,
             "versions": store.versions(),
             **more,
@@ -164,6 +167,7 @@ def load_pixelated_(folder: Path | str, model: Any, *, kernel: Kernel = "referen
         state |= {f"{name}.{n}": x for name, layer in layers.items() for n, x in layer.state_dict().items()}
         wrong = {n for n in state.keys() | weights.keys() if _shape(state, n) != _shape(weights, n)}
         errors = dict(saved.facts["errors"])
+        old = plans if saved.facts.get("cells") != RISING else {}
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"load {folder}", f"its plans cannot be used ({error})", "a fresh copy") from error
     if wrong or shapes_of(matrices) != shapes:
@@ -173,9 +177,20 @@ def load_pixelated_(folder: Path | str, model: Any, *, kernel: Kernel = "referen
         _replace_(loaded.model, name, layer)
     with torch.no_grad():
         for name, value in _state(loaded.model).items():
-            value.copy_(weights[name])
+            path, _, last = name.rpartition(".sparse.")
+            value.copy_(_risen(weights[name], old[path]) if last == "weight" and path in old else weights[name])
     use_kernel_(loaded, kernel)
     return Pixelated(plans=plans, shapes=shapes, errors=errors)
+
+
+def _risen(weight: Float[Tensor, "B h nw"], plan: Plan) -> Float[Tensor, "B h nw"]:
+    """Cells by rising column, of a run saved when they came as itself, itself xor 1, xor 2, xor 4, ..."""
+    if plan.layout != "butterfly":
+        return weight
+    flips = torch.tensor([0, *(2**t for t in range(plan.factors))])
+    order = (torch.arange(plan.grid)[:, None] ^ flips).argsort(1)
+    cells = weight.unflatten(-1, (1 + plan.factors, -1)).transpose(1, 2)  # (B, n, h, w)
+    return cells[torch.arange(plan.grid)[:, None], order].transpose(1, 2).flatten(2)
 
 
 def layer_densities(
