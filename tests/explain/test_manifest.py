@@ -9,11 +9,17 @@ import torch
 
 import fewedges as fe
 from fewedges import cli, store
+from fewedges.errors import ModelError
 from fewedges.explain.attention_explaining import explain_attention, read_attention_explained, suited
+from fewedges.explain.attention_ranking import role_scores
 from fewedges.explain.explaining import explain, read_explained
+from fewedges.explain.hooks import wire
 from fewedges.explain.manifest import call_of, command_of, described, manifest_of
+from fewedges.explain.tasks import prompts_for
 from fewedges.recipes import CircuitSearch
+from fewedges.sparsify.attending import attending
 from fewedges.sparsify.attention.result import load
+from fewedges.sparsify.fixed_attention import Local
 
 QUICK = CircuitSearch(count=8, points=3, samples=5, steps=1, controls=False)
 COMMITTED = Path(__file__).parents[2] / "results" / "circuits"
@@ -123,3 +129,22 @@ def test_committed_results_still_load():
         paths = [path for path in COMMITTED.rglob(f"{kind}-*.json") if "-first-look" not in path.name]
         assert paths
         assert all(len(read(path).curves) > 1 for path in paths)
+
+
+@pytest.mark.survives
+def test_what_would_read_dense_weights_of_a_model_with_patterns_is_refused():
+    loaded = fe.load("addition", probes=False)
+    prompts = prompts_for("addition", loaded.tokenizer, 4, 0)
+    with attending(loaded.model, loaded.anatomy, Local(2)):
+        for verb in (explain, explain_attention):
+            with pytest.raises(ModelError, match=r"explain a model: fixed .*detach_patterns_"):
+                verb(loaded, "addition", QUICK if verb is explain else suited(QUICK))
+        for read in (
+            lambda: fe.token_edges(loaded, prompts),
+            lambda: fe.attention(loaded, "43+45=088"),
+            lambda: role_scores(loaded.model, prompts),
+            lambda: wire(loaded.model, loaded.anatomy),
+        ):
+            with pytest.raises(ModelError, match=r"run attention by .*: fixed"):
+                read()
+    assert fe.attention(loaded, "43+45=088")["dense"].open.any()

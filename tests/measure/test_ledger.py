@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fewedges as fe
 from fewedges.data.addition import Sums
-from fewedges.errors import RecipeError
+from fewedges.errors import ModelError, RecipeError
 from fewedges.measure import ledger as counting
 from fewedges.measure.ledger import control, ledger
+from fewedges.sparsify.attending import attend_
+from fewedges.sparsify.fixed_attention import Local
 from fewedges.sparsify.matrices import matrices_of
 from fewedges.sparsify.pruned import begin
 from fewedges.sparsify.stages import sparsify_weights
@@ -167,3 +169,11 @@ def test_without_a_text_the_matrices_are_counted_and_nothing_is_scored(runs, add
     assert not math.isnan(found.total()["density"])
     with pytest.raises(RecipeError, match="minimal pairs"):
         fe.measure(runs["unstructured"], pairs="pairs.jsonl")
+
+
+@pytest.mark.survives
+def test_controls_without_the_patterns_of_a_run_are_not_set_beside_it(addition):
+    loaded = twin(addition)
+    attend_(loaded.model, loaded.anatomy, Local(2))
+    with pytest.raises(ModelError, match="measure sparse weights: fixed"):
+        fe.measure(sparsify_weights(loaded, fe.Prune(method="magnitude")))

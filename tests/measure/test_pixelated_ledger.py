@@ -8,10 +8,12 @@ import torch
 
 import fewedges as fe
 from fewedges.data.addition import answer_counts, exact_match, split
-from fewedges.errors import RecipeError
+from fewedges.errors import ModelError, RecipeError
 from fewedges.measure.ledger import measure
+from fewedges.sparsify.attending import attending
 from fewedges.sparsify.butterfly import PixelatedLinear
 from fewedges.sparsify.distilling import losses
+from fewedges.sparsify.fixed_attention import Local
 from fewedges.sparsify.matrices import matrices_of
 from fewedges.sparsify.pixelate import pixelate_
 from tiny import tiny_loaded
@@ -100,3 +102,14 @@ def test_what_is_not_scored_and_what_is_left_dense_is_said():
     assert "tiny-gpt2: pixelated; no text was scored (--data FILE)." in text
     with pytest.raises(RecipeError, match="minimal pairs"):
         measure(loaded, pairs="pairs.jsonl")
+
+
+@pytest.mark.survives
+def test_a_dense_model_without_the_patterns_is_not_set_beside_it():
+    loaded = tiny_loaded("llama")
+    pixelate_(loaded, 0.4, block=2)
+    with (
+        attending(loaded.model, loaded.anatomy, Local(2)),
+        pytest.raises(ModelError, match="measure a pixelated model: fixed"),
+    ):
+        measure(loaded)

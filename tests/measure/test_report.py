@@ -1,6 +1,7 @@
 """The report: fixed keys, honest protocol, and the numbers of quality.py in their places."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 import fewedges as fe
 from fewedges.data import addition as sums
 from fewedges.data.text import token_stream
-from fewedges.errors import DataError
+from fewedges.errors import DataError, ModelError
 from fewedges.measure.quality import Protocol, score_tokens, windows_of
 from fewedges.measure.report import COLUMNS, Report, default_protocol, models_of, table
+from fewedges.sparsify.attending import attending, patterns
 from fewedges.sparsify.attention.result import gates_only
+from fewedges.sparsify.fixed_attention import BigBird, Fixed, Heads, Local, Strided
+from fewedges.sparsify.hashing import HashedAttention
 from tiny import tiny_loaded, tiny_model
 
 LENGTH = 8
@@ -28,8 +32,6 @@ def text(tmp_path):
 
 
 def sparse_model(*, control=False):
-    from dataclasses import replace
-
     dense = replace(tiny_loaded("llama"), tokenizer=sums.tokenizer())
     sparse = gates_only(dense, -0.1)
     return replace(sparse, control=dense.with_model(tiny_model("llama", seed=1))) if control else sparse
@@ -190,3 +192,58 @@ def test_measuring_changes_no_model(text):
     fe.measure(sparse, text, Protocol(context_length=LENGTH))
     assert all(torch.equal(tensor, before[name]) for name, tensor in sparse.model.state_dict().items())
     assert sparse.dense.model.config._attn_implementation == implementation
+
+
+RULES = [Heads((Local(3), Strided(3, "second"), Fixed(4, 1), BigBird(1, 1))), Local(2)]
+
+
+@pytest.mark.matches
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("run", ["masked", "flex"])
+def test_the_edges_of_fixed_patterns_are_those_they_keep(text, name, run):
+    loaded = replace(tiny_loaded(name), tokenizer=sums.tokenizer())
+    protocol = Protocol(context_length=LENGTH, batch_size=4)
+    dense = fe.measure(loaded, text, protocol)
+    with attending(loaded.model, loaded.anatomy, RULES, run=run):
+        found = fe.measure(loaded, text, protocol)
+        kept = [pattern.mask() for pattern in patterns(loaded.model, loaded.anatomy, LENGTH)]
+    if name == "mistral-window":
+        kept = [mask.triu(-3) for mask in kept]  # the model's own window of 4 cuts them further
+    wanted = torch.stack([mask.sum((-1, -2)).expand(4) for mask in kept]) / LENGTH  # (L, H)
+    row = found.rows["patterned"]
+    assert list(found.rows) == ["patterned"]  # nothing is said of the dense model, nor of a KL to it
+    assert row.keys() == ROW | {"edges"}
+    assert row["edges"] == [[round(x, 4) for x in layer] for layer in wanted.tolist()]
+    assert row["edges_per_query_per_head"] == pytest.approx(float(wanted.mean()), rel=1e-6)  # float32
+    assert row["density"] == pytest.approx(float(wanted.mean()) / ((LENGTH + 1) / 2), rel=1e-6)
+    assert abs(row["cross_entropy"] - dense.rows["dense"]["cross_entropy"]) > 0.001  # measured 0.006 and more
+    assert found.facts["patterns"] == [repr(rule) for rule in RULES]
+    assert dense.rows["dense"]["density"] == 1
+    assert "patterns" not in dense.facts
+
+
+@pytest.mark.matches
+def test_the_edges_of_a_router_are_those_it_found(text):
+    loaded, seen = replace(tiny_loaded("llama"), tokenizer=sums.tokenizer()), []
+
+    class Noted(HashedAttention):
+        def route(self, query, key, allowed):
+            seen.append((super().route(query, key, allowed).mask() & allowed).sum(-1).float().mean(-1))  # (B, H)
+            return super().route(query, key, allowed)
+
+    with attending(loaded.model, loaded.anatomy, [Noted(4, rounds=1), Local(2)]):
+        row = fe.measure(loaded, text, Protocol(context_length=LENGTH, batch_size=4)).rows["patterned"]
+    assert row["edges"][0] == pytest.approx(torch.cat(seen).mean(0).tolist(), abs=6e-5)  # four decimals
+    assert min(row["edges"][0]) < 4
+
+
+@pytest.mark.survives
+def test_a_sparse_model_with_patterns_is_no_comparison(text):
+    sparse = sparse_model(control=True)
+    for loaded in (sparse.dense, sparse.control):
+        with (
+            attending(loaded.model, loaded.anatomy, Local(2)),
+            pytest.raises(ModelError, match="measure a sparse model: fixed"),
+        ):
+            fe.measure(sparse, text, Protocol(context_length=LENGTH))

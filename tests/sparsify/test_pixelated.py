@@ -9,8 +9,10 @@ import fewedges as fe
 from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.model.loading import fingerprint
 from fewedges.sparsify import pixelated, recovery, stages
+from fewedges.sparsify.attending import attend_, detach_patterns_
 from fewedges.sparsify.butterfly import PixelatedLinear
 from fewedges.sparsify.distilling import losses
+from fewedges.sparsify.fixed_attention import Local
 from fewedges.sparsify.matrices import blocks_of
 from fewedges.sparsify.pixelate import load_pixelated_, pixelate_
 from fewedges.sparsify.pixelated import PixelatedModel, begin_pixelated, block_modules, layers_in, rows_of
@@ -194,3 +196,24 @@ def test_the_result_says_what_it_is_and_what_it_cannot(hub, tmp_path):
     with pytest.raises(ModelError, match="no pixelated layers"):
         result.export(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.survives
+def test_patterns_do_not_get_lost_on_the_way_to_the_disk(hub, tmp_path):
+    """A model distilled under a pattern came back dense from disk, without a word."""
+    loaded = tiny_loaded("llama")
+    attend_(loaded.model, loaded.anatomy, Local(2))
+    made_by = pixelate_(loaded, 0.4, block=2)
+    with pytest.raises(ModelError, match=r"sparsify into .*fixed attention patterns"):
+        fe.sparsify(loaded, SHORT, data=NOISE, out=tmp_path / "run")
+    with pytest.raises(ModelError, match=r"save .*fixed attention patterns"):
+        made_by.save(tmp_path / "run", loaded)
+    result = fe.sparsify(loaded, SHORT, data=NOISE)
+    with pytest.raises(ModelError, match=r"save .*fixed attention patterns"):
+        result.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    wanted = logits(result.model, NOISE.at(0, 2).tokens)
+    detach_patterns_(result.model, loaded.anatomy)
+    again = fe.load(result.save(tmp_path / "run"), probes=False)
+    attend_(again.model, again.loaded.anatomy, Local(2))  # as the error says: attached again
+    assert torch.equal(logits(again.model, NOISE.at(0, 2).tokens), wanted)

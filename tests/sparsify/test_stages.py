@@ -11,6 +11,8 @@ from fewedges.data.addition import Sums
 from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.recipes import read_recipe, write_recipe
 from fewedges.sparsify import stages as verb
+from fewedges.sparsify.attending import attend_, detach_patterns_, rules_of
+from fewedges.sparsify.fixed_attention import Local
 from fewedges.sparsify.pruning import prune_
 from fewedges.sparsify.quantizing import quantize_
 from fewedges.sparsify.recovery import distil_
@@ -164,3 +166,25 @@ def test_what_the_verb_cannot_do_is_refused(addition, tmp_path):
     with pytest.raises(ModelError, match="gated attention"):
         sparsify(sparse, PRUNE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.survives
+def test_a_run_that_would_lose_its_patterns_is_refused_before_it_begins(addition, tmp_path):
+    loaded, recipe = twin(addition), fe.Prune(method="magnitude")
+    attend_(loaded.model, loaded.anatomy, Local(2))
+    with pytest.raises(ModelError, match=r"sparsify into .*run: fixed attention patterns .*detach_patterns_"):
+        fe.sparsify(loaded, recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ModelError, match="train in"):
+        distil_(loaded, DISTIL, Sums(), teacher=addition, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = fe.sparsify(loaded, [recipe, DISTIL])  # in memory it is made under the pattern
+    assert [rule.window for rule in rules_of(result.model, loaded.anatomy)] == [2] * 4
+    for write in (result.save, result.export):
+        with pytest.raises(ModelError, match="fixed attention patterns"):
+            write(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    detach_patterns_(result.model, loaded.anatomy)
+    assert same(parameters(fe.load(result.save(tmp_path / "run")).model), parameters(result.model))
+    with pytest.raises(ModelError, match="make a model smaller"):
+        fe.sparsify(loaded, fe.Prune(method="magnitude", structure="channel"))

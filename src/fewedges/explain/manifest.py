@@ -17,6 +17,7 @@ import torch
 from fewedges import store
 from fewedges.explain.tasks.prompts import Prompts
 from fewedges.measure.report import models_of
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import ASSETS, Loaded, fingerprint
 from fewedges.recipes import CircuitSearch
 from fewedges.sparsify.attention.result import SHIPPED, Sparse
@@ -27,6 +28,7 @@ GATES = ("gate_bias", "gate_query")
 def manifest_of(what: Sparse | Loaded, source: Path | str | None, call: str) -> dict[str, Any]:
     """The models that are explained, by name and sha256, and the saved run they came from (None: only in memory)."""
     models = models_of(what)
+    refuse_patterns("explain a model", *(loaded.model for loaded in models.values()))
     weights = {label: {"weights_sha256": fingerprint(loaded.model)} for label, loaded in models.items()}
     weights["dense"]["name"] = models["dense"].name
     if "sparse" in weights:

@@ -20,6 +20,7 @@ from fewedges.errors import RecipeError
 from fewedges.measure import report
 from fewedges.measure.quality import Protocol, score_tokens
 from fewedges.measure.report import Report, default_protocol
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.attention.result import Sparse
 from fewedges.sparsify.masks import Masks
@@ -152,6 +153,7 @@ def ledger(pruned: Pruned, data: Path | str | None = None, protocol: Protocol | 
     Raises ModelError if a zero is lost, or where adapters are on.
     """
     pruned.check_zeros("work on it, before measuring")
+    refuse_patterns("measure sparse weights", pruned.model)  # its controls have none
     facts = {"base": pruned.base["name"], "made": str(pruned)}
     if data is None and pruned.base["name"] != "addition":
         return Ledger(matrices=pruned.rows(), models={"sparse": _sizes(pruned)}, facts=facts)

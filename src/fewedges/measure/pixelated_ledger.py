@@ -8,6 +8,7 @@ from fewedges.measure import report
 from fewedges.measure.ledger import COVERS, Ledger, _cell, _cover
 from fewedges.measure.quality import Protocol, score_models
 from fewedges.measure.report import default_protocol
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.pixelated import PixelatedModel, begin_pixelated, rows_of
 from fewedges.sparsify.recovery import dense_of
@@ -50,6 +51,7 @@ def pixelated_ledger(
     Of a `Loaded` the dense model is what is loaded by its name. Raises ModelError where adapters are on.
     """
     loaded = what.loaded if isinstance(what, PixelatedModel) else what
+    refuse_patterns("measure a pixelated model", loaded.model)  # the dense one beside it has none
     rows, sizes = rows_of(loaded), _sizes(loaded)
     if data is None and loaded.name != "addition":
         return PixelatedLedger(matrices=rows, models=sizes, facts={"base": loaded.name, "made": _made(what)})

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fewedges.data.batch import Batch
 from fewedges.errors import DataError
+from fewedges.model.attention import has_patterns
 from fewedges.sparsify.attention.interface import GatePass, is_gated
 from fewedges.sparsify.attention.serving import hard_kernel
 from fewedges.sparsify.distilling import losses
@@ -68,7 +69,7 @@ class Quality:
     kl: float
     """KL(dense || this model), mean per scored token."""
     edges: Float[Tensor, "L H"] | None
-    """Mean open gates per query; None for a model without gates."""
+    """Mean open gates per query, or keys that a fixed pattern keeps; None for a model without either."""
     context_length: int
 
     @property
@@ -78,7 +79,7 @@ class Quality:
 
     @property
     def edges_per_query_per_head(self) -> float:
-        """Open gates per query, meaned over layers and heads; (T + 1) / 2 without gates."""
+        """Open gates (or kept keys) per query, meaned over layers and heads; (T + 1) / 2 without gates or patterns."""
         return dense_edges(self.context_length) if self.edges is None else float(self.edges.mean())
 
     @property
@@ -107,13 +108,9 @@ def score_models(
     tallies = {label: _Tally() for label in models}
     with torch.no_grad():
         for batch in batches:
-            reference = _logits(dense, batch, protocol, {})
+            reference, counted = _run(dense, batch, protocol)
             for label, model in models.items():
-                run = GatePass()
-                gated = is_gated(model)
-                options = {"gate_pass": run} if gated else {}
-                with hard_kernel(model) if gated and protocol.kernel == "hard" else nullcontext():
-                    logits = reference if model is dense else _logits(model, batch, protocol, options)
+                logits, run = (reference, counted) if model is dense else _run(model, batch, protocol)
                 tallies[label].add_(logits, reference, batch, run)
     return {label: tally.mean(protocol.context_length) for label, tally in tallies.items()}
 
@@ -145,10 +142,13 @@ class _Tally:
         return Quality(tokens=self.tokens, edges=edges, context_length=context_length, **means)
 
 
-def _logits(model: Any, batch: Batch, protocol: Protocol, options: dict[str, Any]) -> Float[Tensor, "B T V"]:
-    tokens = batch.tokens.to(model.device)
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=protocol.precision == "bf16"):
-        return model(input_ids=tokens, use_cache=False, **options).logits
+def _run(model: Any, batch: Batch, protocol: Protocol) -> tuple[Float[Tensor, "B T V"], GatePass]:
+    """Logits, and what gates or fixed patterns let through (nothing is noted of other models)."""
+    tokens, run, gated = batch.tokens.to(model.device), GatePass(), is_gated(model)
+    options = {"gate_pass": run} if gated or has_patterns(model) else {}
+    autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=protocol.precision == "bf16")
+    with autocast, hard_kernel(model) if gated and protocol.kernel == "hard" else nullcontext():
+        return model(input_ids=tokens, use_cache=False, **options).logits, run
 
 
 def windows_of(stream: np.ndarray, protocol: Protocol) -> Iterator[Batch]:

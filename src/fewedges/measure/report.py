@@ -10,7 +10,9 @@ from fewedges.data.batch import Batch
 from fewedges.data.text import token_stream
 from fewedges.errors import DataError
 from fewedges.measure.quality import Protocol, Quality, dense_edges, minimal_pairs, read_pairs, score_models, windows_of
+from fewedges.model.attention import has_patterns, refuse_patterns
 from fewedges.model.loading import Loaded
+from fewedges.sparsify.attending import rules_of
 from fewedges.sparsify.attention.result import Sparse
 
 COLUMNS = {
@@ -29,9 +31,9 @@ class Report:
     """Measured numbers: one row for each model, and how they were measured."""
 
     rows: dict[str, dict[str, Any]]
-    """dense, control (if there is one), sparse."""
+    """dense, control (if there is one), sparse; or patterned, a model that attends through fixed patterns."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """context_length, tokens, stride, file, sha256, device, versions."""
+    """context_length, tokens, stride, file, sha256, device, versions; patterns, the rule of each layer."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the rows, and beside them the facts."""
@@ -86,11 +88,13 @@ def measure(
     *,
     pairs: Path | str | None = None,
 ) -> Report:
-    """Measure a sparse model beside its dense base and control, or a dense model alone.
+    """Measure a sparse model beside its dense base and control, or a dense model, or one with fixed patterns, alone.
 
     `data` is a text file or folder; "addition" needs none. `pairs` is a jsonl of minimal pairs.
     """
     models = models_of(what)
+    if len(models) > 1:
+        refuse_patterns("measure a sparse model", *(loaded.model for loaded in models.values()))
     dense = models["dense"]
     protocol = default_protocol(what) if protocol is None else protocol
     batches, facts = _batches(dense, data, protocol)
@@ -104,6 +108,9 @@ def measure(
         if dense.name == "addition" and data is None:
             rows[label]["accuracy"] = _addition_accuracy(loaded)
     scored = {row.pop("tokens") for row in rows.values()}.pop()  # the same for all
+    if has_patterns(dense.model):
+        rows = {"patterned": rows["dense"]}
+        facts |= {"patterns": [repr(rule) for rule in rules_of(dense.model, dense.anatomy)]}
     return Report(rows=rows, facts=_facts(dense, protocol, scored, facts))
 
 

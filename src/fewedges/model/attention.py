@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fewedges.errors import ModelError, ProbeError
 
 CAUSAL = "fewedges-causal"
+FIXED = "fewedges-fixed"
+"""Fixed patterns, attached by sparsify.attending: known here, so that every stage can tell."""
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
@@ -89,9 +91,26 @@ def boolean_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 Q K"]:
     return sdpa_mask(*args, **kwargs)  # type: ignore[return-value]  # None only where a skip is allowed
 
 
+def has_patterns(model: Any) -> bool:
+    """Whether the model attends through fixed patterns."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == FIXED
+
+
+def refuse_patterns(asked: str, *models: Any) -> None:
+    """Raise ModelError where one of the models has fixed patterns: for what would go on without them, unsaid."""
+    if any(has_patterns(model) for model in models):
+        found = "fixed attention patterns are attached (attend_): they are no part of the weights and would be lost"
+        hint = "it outside `attending`, or after `sparsify.attending.detach_patterns_`; attach them again afterwards"
+        raise ModelError(asked, found, hint)
+
+
 @contextmanager
 def attention_by(model: Any, name: str) -> Iterator[None]:
-    """Run the model's attention through the function registered under `name`; put the old one back."""
+    """Run the model's attention through the function registered under `name`; put the old one back.
+
+    Raises ModelError where fixed patterns are attached: they would not be run.
+    """
+    refuse_patterns(f"run attention by {name}", model)
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from fewedges.errors import ModelError, RecipeError
 from fewedges.model.anatomy import Anatomy, plain
 from fewedges.model.attention import (
+    FIXED,
     allowed_keys,
     attention_scores,
+    has_patterns,
     register,
     repeat_heads,
 )
+from fewedges.sparsify.attention.interface import GatePass, is_gated
 from fewedges.sparsify.fixed_attention import Rule
 from fewedges.sparsify.pattern import Pattern
 
-FIXED = "fewedges-fixed"
 Run = Literal["masked", "flex"]
 
 
@@ -61,6 +63,8 @@ class Laid:
     heads: int
     length: int | None
     run: Run
+    before: str = "sdpa"
+    """What ran the model's attention before patterns were attached."""
     _last: Tensor | None = field(default=None, repr=False)
     _seen: dict[int, tuple[Any, Any, Kept]] = field(default_factory=dict, repr=False)
 
@@ -108,7 +112,10 @@ class Laid:
             raise ModelError(f"the pattern of {self.rule}", "it depends on the data", "rule.route(query, key, allowed)")
         if self.length is not None and n > self.length:
             raise ModelError(f"attend to {n} tokens", f"the pattern was laid for {self.length}", "a larger length")
-        mask = self.rule(self.length or n).mask()
+        found = self.rule(self.length or n)
+        if not isinstance(found, Pattern):
+            raise RecipeError(f"attend by {self.rule}", f"it gives a {type(found).__name__}", "a rule n -> Pattern")
+        mask = found.mask()
         mask = mask if mask.dim() == 3 else mask[None]
         if mask.shape[0] not in (1, self.heads):
             found = f"the rule has {mask.shape[0]} heads, the layer {self.heads}"
@@ -127,15 +134,18 @@ def attend_(
     """Switch a model's attention to fixed patterns in place: one rule for all layers, or one for each.
 
     `length` lays every pattern for that many tokens and uses its corner, so that a rule that moves with n (BigBird)
-    gives the same pattern while decoding as at once. Raises RecipeError when rules do not fit layers or heads.
+    gives the same pattern while decoding as at once. Patterns are no part of the weights: what would lose them (saving
+    a run, gates, pictures, circuits) is refused until `detach_patterns_`. Raises RecipeError when rules do not fit
+    layers or heads, ModelError for a gated model.
     """
-    each = list(rules) if isinstance(rules, Sequence) else [rules] * len(anatomy.layers)
-    if len(each) != len(anatomy.layers):
-        found = f"{len(each)} rules for {len(anatomy.layers)} layers"
-        raise RecipeError("attend", found, "one rule, or one for each layer")
+    each = _each(rules, len(anatomy.layers))
+    _check_way(length, run)
+    if is_gated(model):
+        raise ModelError("attend by fixed patterns", "its gates would no longer run", "the dense model")
+    before = attention_before(model, anatomy)
     known: dict[tuple[int, int], Laid] = {}
     laid = [
-        known.setdefault((id(rule), layer.heads), Laid(rule, layer.heads, length, run))
+        known.setdefault((id(rule), layer.heads), Laid(rule, layer.heads, length, run, before))
         for rule, layer in zip(each, anatomy.layers, strict=True)
     ]
     for one in known.values():
@@ -146,6 +156,23 @@ def attend_(
         module.fixed_attention = one  # type: ignore[assignment]
     plain(model).set_attn_implementation(FIXED)
     return model
+
+
+def detach_patterns_(model: Any, anatomy: Anatomy) -> Any:
+    """Take fixed patterns off in place: the attention of before `attend_` comes back. A copy of a model has its own."""
+    if not has_patterns(model):
+        raise ModelError("detach patterns", "none are attached", "a model after attend_")
+    plain(model).set_attn_implementation(attention_before(model, anatomy))
+    for module in anatomy.modules(model):
+        del module.fixed_attention
+    return model
+
+
+def attention_before(model: Any, anatomy: Anatomy) -> str:
+    """What ran the model's attention before patterns were attached; what runs it now where none are."""
+    if has_patterns(model):
+        return anatomy.modules(model)[0].fixed_attention.before  # type: ignore[union-attr]
+    return plain(model).config._attn_implementation
 
 
 @contextmanager
@@ -167,6 +194,24 @@ def attending(
                 del module.fixed_attention
 
 
+def _each(rules: Any, layers: int) -> list[Any]:
+    """A rule for each layer; RecipeError for what is no rule, or for too few."""
+    each = list(rules) if isinstance(rules, Sequence) else [rules] * layers
+    if len(each) != layers:
+        raise RecipeError("attend", f"{len(each)} rules for {layers} layers", "one rule, or one for each layer")
+    for rule in each:
+        if isinstance(rule, type) or not (callable(rule) or hasattr(rule, "route")):
+            raise RecipeError(f"attend by {rule!r}", "it is no rule", "a rule as Local(256), or one for each layer")
+    return each
+
+
+def _check_way(length: Any, run: Any) -> None:
+    if run not in get_args(Run):
+        raise RecipeError(f"attend with run={run!r}", "no such way to run", f"one of {', '.join(get_args(Run))}")
+    if length is not None and (not isinstance(length, int) or length < 1):
+        raise RecipeError(f"attend with length={length!r}", "no number of tokens", "1 or more, or None")
+
+
 def _unchanged(state: Any, mask: Tensor, allowed: Bool[Tensor, "B 1 Q K"]) -> bool:
     """Whether a mask is as it was: by its version, or, made in inference mode and so without one, by its entries."""
     if mask.is_inference():
@@ -179,6 +224,11 @@ def patterns(model: Any, anatomy: Anatomy, n: int) -> list[Pattern]:
     return [Pattern(module.fixed_attention.pattern(n)).causal() for module in anatomy.modules(model)]  # type: ignore[union-attr]
 
 
+def rules_of(model: Any, anatomy: Anatomy) -> list[Any]:
+    """The rule that each layer attends by."""
+    return [module.fixed_attention.rule for module in anatomy.modules(model)]  # type: ignore[union-attr]
+
+
 def fixed_forward(
     module: nn.Module,
     query: Float[Tensor, "B H Q E"],
@@ -188,17 +238,26 @@ def fixed_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    gate_pass: GatePass | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "B Q H E"], None]:
-    """Attend through the module's pattern, in the AttentionInterface's signature."""
+    """Attend through the module's pattern, in the AttentionInterface's signature; a `gate_pass` is told the edges."""
     laid: Laid = module.fixed_attention  # type: ignore[assignment]
     _refuse_cut_cache(query, key, sliding_window)
     kept = laid.kept(attention_mask, query, key)
+    if gate_pass is not None:
+        gate_pass.open[module.layer_idx] = edges_of(kept, query)  # type: ignore[index]
     if laid.run == "flex":
         output = flex_attention(query, key, value, kept, scaling, softcap)
     else:
         output = masked_attention(query, key, value, kept.mask, scaling, softcap)
     return output.transpose(1, 2).contiguous(), None
+
+
+def edges_of(kept: Kept, query: Float[Tensor, "B H Q E"]) -> Float[Tensor, "B H Q"]:
+    """How many keys each query attends to."""
+    edges = kept.mask.sum(-1).float().expand(query.shape[:3])  # (B, H, Q)
+    return edges if kept.order is None else edges.take_along_dim(kept.order.argsort(-1).expand_as(edges), -1)
 
 
 def kept_keys(laid: Laid, allowed: Bool[Tensor, "B 1 Q K"]) -> Bool[Tensor, "B h Q K"]:

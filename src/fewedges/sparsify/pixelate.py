@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewedges import store
 from fewedges.errors import ModelError, RecipeError, StoreError
 from fewedges.model.anatomy import anatomy
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.allocation import Shape, share
 from fewedges.sparsify.butterfly import PixelatedLinear, Plan
@@ -69,6 +70,7 @@ class Pixelated:
     def save(self, folder: Path | str, model: Any, **more: Any) -> Path:
         """Write every parameter and persistent buffer of the model, as now trained, and the plans; `more` are facts."""
         model = model.model if isinstance(model, Loaded) else model
+        refuse_patterns(f"save {folder}", model)
         absent = [n for n in self.plans if not isinstance(dict(model.named_modules()).get(n), PixelatedLinear)]
         if absent:
             raise ModelError(f"save {folder}", f"{absent[0]} is not pixelated there", "the model pixelate_ changed")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewedges import store
 from fewedges.errors import ModelError, StoreError
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check as check_probes
@@ -117,13 +118,15 @@ class Pruned:
         return f"<pre>{self}</pre>"
 
     def save(self, folder: Path | str) -> Path:
-        """Write what differs from the base: kept values, masks, codes; refused if a zero is lost."""
+        """Write what differs from the base: kept values, masks, codes; refused if a zero or a pattern would be lost."""
+        refuse_patterns(f"save {folder}", self.model)
         self.check("work on it, before saving")
         store.save(Path(folder), KIND, _stored(self), _facts(self))
         return Path(folder)
 
     def export(self, folder: Path | str) -> Path:
         """Write a plain transformers checkpoint with the zeros baked in, and read it back to prove them."""
+        refuse_patterns(f"export {folder}", self.model)
         self.check("work on it, before exporting")
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:

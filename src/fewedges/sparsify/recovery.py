@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fewedges import store
 from fewedges.data.batch import Batch, Batches
 from fewedges.errors import ModelError, RecipeError, StoreError, TrainingError
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.recipes import to_dict
@@ -160,6 +161,8 @@ def dense_of(pruned: Pruned) -> Loaded:
 
 def _start(start: Pruned, recipe: Training, data: Batches, teacher: Loaded | None, folder: Path | None) -> Run:
     _check_start(start, recipe)
+    if folder is not None:
+        refuse_patterns(f"train in {folder}", start.model)
     layers = recipe.layers if isinstance(recipe, Distil) else ()
     schedule = schedule_of(recipe) if isinstance(recipe, Train) else Static(start.masks.density)
     if teacher is None:

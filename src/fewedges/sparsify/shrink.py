@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewedges.errors import ModelError, RecipeError
 from fewedges.model.anatomy import Layer, anatomy, example_tokens
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.sparsify.calibration import calibrated
 from fewedges.sparsify.masks import Masks
@@ -81,6 +82,7 @@ def shrink(start: Pruned, recipe: Prune, tokens: Tensor | None, facts: dict[str,
 def reshaped(loaded: Loaded, config: dict[str, Any]) -> Loaded:
     """A model of the same class with some numbers of its configuration changed; its weights are yet to be set."""
     model = loaded.model
+    refuse_patterns("make a model smaller", model)  # they were laid for its layers and heads
     smaller = copy.deepcopy(model.config)
     for name, value in config.items():
         setattr(smaller, name, value)

@@ -12,6 +12,7 @@ from typing import Any, overload
 from fewedges import store
 from fewedges.data.batch import Batches
 from fewedges.errors import ModelError, RecipeError, StoreError
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.recipes import SparseAttention, write_recipe
 from fewedges.sparsify.attention import result
@@ -74,6 +75,8 @@ def sparsify_weights(
     folder = Path(out) if out is not None else None
     if folder is not None and any(isinstance(stage, Quantize) and stage.backend == "torchao" for stage in stages):
         raise RecipeError("sparsify with a folder", "torchao's tensors are to be run, not saved", "backend reference")
+    if folder is not None:
+        refuse_patterns(f"sparsify into {folder}", model.model)
     start = model if isinstance(model, Pruned) else begin(model)
     whole = (*start.stages, *stages)
     teacher = model if isinstance(model, Loaded) else None

@@ -17,10 +17,12 @@ from fewedges.data.addition import Sums, tokenizer
 from fewedges.errors import FewedgesError, ModelError, RecipeError, StoreError
 from fewedges.model.attention import allowed_keys, attention_by, register
 from fewedges.recipes import SparseAttention
+from fewedges.sparsify.attending import attend_, attending
 from fewedges.sparsify.attention import result
 from fewedges.sparsify.attention.card import model_card
 from fewedges.sparsify.attention.interface import gate_biases, gate_queries, is_gated
 from fewedges.sparsify.attention.result import Sparse, gates_only, origin, save_control, training_data
+from fewedges.sparsify.fixed_attention import Local
 from tiny import NoiseBatches, tiny_loaded, tiny_model
 
 TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(9))
@@ -635,3 +637,25 @@ def test_starting_from_another_kind_of_recipe_or_without_the_control_is_refused(
         fe.sparsify(first, recipe(steps=1, train="lora", lora_rank=2), data=batches)
     with pytest.raises(RecipeError, match="control"):
         fe.sparsify(first, recipe(steps=1), data=batches, control=True)
+
+
+@pytest.mark.survives
+def test_gates_do_not_take_the_place_of_fixed_patterns(tmp_path):
+    dense = tiny_loaded("llama")
+    sparse = dataclasses.replace(gates_only(dense, -0.1), control=tiny_loaded("llama", seed=1))
+    with attending(dense.model, dense.anatomy, Local(2)):
+        before = logits(dense.model)
+        for what in (dense, sparse):  # a base that is not dense
+            with pytest.raises(ModelError, match=r"sparsify attention: fixed .*detach_patterns_"):
+                fe.sparsify(what, recipe(), data=NoiseBatches(), out=tmp_path / "run")
+        with pytest.raises(ModelError, match="sparsify attention: fixed"):
+            fe.post_train(dense, recipe(), NoiseBatches(), control=True)
+        with pytest.raises(ModelError, match="sparsify attention: fixed"):
+            gates_only(dense, 0.0)
+        assert torch.equal(logits(dense.model), before)
+    attend_(sparse.control.model, dense.anatomy, Local(2))
+    with pytest.raises(ModelError, match=r"save .*run: fixed"):
+        sparse.save(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"save .*run: fixed"):
+        save_control(tmp_path / "run", dense, sparse.recipe, {}, sparse.control.model)
+    assert not (tmp_path / "run").exists()

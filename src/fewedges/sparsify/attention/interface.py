@@ -24,6 +24,7 @@ from fewedges.model.attention import (
     attention_scores,
     attention_weights,
     check_plain,
+    refuse_patterns,
     register,
     register_maskless,
 )
@@ -77,8 +78,10 @@ def attach_(
 ) -> Any:
     """Give `model` gates in place: a float32 `gate_bias` (H,) per attention module, and the gated function.
 
-    With `gate_query` also a float32 `gate_query` (H, E), 0 at the start, which always learns.
+    With `gate_query` also a float32 `gate_query` (H, E), 0 at the start, which always learns. Raises ModelError where
+    fixed patterns are attached.
     """
+    refuse_patterns("attach gates", model)
     register(GATED, gated_forward)
     register_maskless(FUSED, gated_forward)
     for module, layer in zip(anatomy.modules(model), anatomy.layers, strict=True):

@@ -11,6 +11,7 @@ import torch
 from fewedges import store
 from fewedges.data.batch import Batches
 from fewedges.errors import ModelError, RecipeError, StoreError
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import ASSETS, Loaded, fingerprint
 from fewedges.model.loading import load as load_dense
 from fewedges.model.probes import check
@@ -108,6 +109,7 @@ def sparsify(
     if not recipe.has_budget():
         raise RecipeError("sparsify", "the recipe has no budget", "steps=, tokens= or minutes=")
     dense, starts = origin(model, control)
+    refuse_patterns("sparsify attention", dense.model, *starts.values())
     _check_format(dense, recipe)
     team = join(dense.model, shard=wants_shards(None))
     batches = team.first_then_all(lambda: training_data(dense, recipe, data, max_tokens))  # it fills the token cache
@@ -201,6 +203,7 @@ def check_sparse(sparse: Sparse) -> dict[str, float]:
 
 def save_sparse(sparse: Sparse, folder: Path) -> Path:
     """Save a Sparse as a folder; its control, if any, in `control/`."""
+    refuse_patterns(f"save {folder}", *(x.model for x in (sparse.loaded, sparse.dense, sparse.control) if x))
     facts = {
         "base": {"name": sparse.dense.name, "sha256": fingerprint(sparse.dense.model)},
         "recipe": to_dict(sparse.recipe),
@@ -225,6 +228,7 @@ def save_sparse(sparse: Sparse, folder: Path) -> Path:
 
 def save_control(folder: Path, dense: Loaded, recipe: SparseAttention, data: dict[str, Any], model: Any) -> None:
     """Save a dense control: what moved, and what it was made of."""
+    refuse_patterns(f"save {folder}", model)
     base = {"name": dense.name, "sha256": fingerprint(dense.model)}
     facts = {"base": base, "recipe": to_dict(recipe), "data": data}
     store.save(folder, CONTROL, {"weights": pack(trained_weights(model), recipe.saved)}, facts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewedges.errors import RecipeError
 from fewedges.model.anatomy import Anatomy, plain
+from fewedges.model.attention import refuse_patterns
 from fewedges.model.loading import Loaded
 from fewedges.recipes import SparseAttention
 from fewedges.sparsify.attention.interface import attach_
@@ -23,6 +24,7 @@ GATES = ("gate_bias", "gate_query")
 def make_student(dense: Loaded, recipe: SparseAttention, *, gates: bool = True) -> Any:
     """Copy the dense model, attach gates (unless this is the control), and free what the recipe trains."""
     _check_against(recipe, dense.anatomy)
+    refuse_patterns("sparsify attention", dense.model)
     moving = _moving(dense, recipe)
     student = _copy_sharing(dense.model, frozen=[p for n, p in dense.model.named_parameters() if n not in moving])
     for name, parameter in student.named_parameters():
