@@ -12,6 +12,7 @@ from fewedges.errors import ModelError, RecipeError
 from fewedges.model.attention import attention_by, dense_attention, register
 from fewedges.model.probes import causal, decode, padding
 from fewedges.sparsify.attending import (
+    BLOCK,
     ROOM,
     Laid,
     attend_,
@@ -19,6 +20,7 @@ from fewedges.sparsify.attending import (
     block_mask,
     blocked,
     detach_patterns_,
+    edges_of,
     flex_attention,
     masked_attention,
     patterns,
@@ -165,6 +167,44 @@ def test_flex_attention_gives_the_same_logits(name, padded):
     with attending(loaded.model, loaded.anatomy, rules, run="flex"):
         mine = logits(loaded.model, tokens(), **options)
     assert (mine - wanted).abs().max() <= 1.6e-6 * wanted.abs().max()  # measured 4.1e-7
+
+
+@pytest.mark.matches
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_each_head_runs_in_its_own_order(groups):
+    """Split heads over several blocks; query heads of one key/value head in different orders."""
+    torch.manual_seed(0)
+    n = 2 * BLOCK + 37
+    rule = Heads((Strided(16, "first"), Strided(16, "second"), Local(9), Strided(5, "second")))
+    q, k, v = torch.randn(2, 4, n, 8), torch.randn(2, groups, n, 8), torch.randn(2, groups, n, 8)
+    causal = torch.ones(2, 1, n, n, dtype=torch.bool).tril()
+    kept = Laid(rule, 4, None, "flex").kept(causal, q, k)
+    assert kept.order.shape == (4, n)
+    mine, wanted = flex_attention(q, k, v, kept), masked_attention(q, k, v, rule(n).mask()[None] & causal)
+    assert (mine - wanted).abs().max() <= 7e-7 * wanted.abs().max()  # measured 1.8e-7
+    assert torch.equal(edges_of(kept, q), rule(n).mask().sum(-1).float().expand(2, 4, n))  # told by query
+
+
+def touched(kept):
+    """Blocks of each head that FlexAttention computes."""
+    blocks = kept.blocks
+    return (blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum(-1)[0].tolist()
+
+
+@pytest.mark.stays
+def test_split_heads_touch_the_blocks_of_their_own_parts():
+    n = 8 * BLOCK
+    causal = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+    q = torch.randn(1, 2, n, 8)
+    rules = Strided(BLOCK, "first"), Strided(BLOCK, "second")
+    split = Laid(Heads(rules), 2, None, "flex").kept(causal, q, q)
+    alone = [Laid(rule, 2, None, "flex").kept(causal, q, q) for rule in rules]
+    assert touched(split) == [touched(one)[0] for one in alone] == [15, 8]
+    assert touched(blocked(Heads(rules)(n).mask()[None] & causal)) == [15, 36]  # all of the causal triangle
+    both = Heads((rules[1], rules[1]))
+    assert torch.equal(Laid(both, 2, None, "flex").kept(causal, q, q).order, alone[1].order)  # one order for all
+    assert Heads((rules[0], Local(3))).order(n) is None
 
 
 @pytest.mark.matches

@@ -48,8 +48,8 @@ class Kept(NamedTuple):
     """What a layer keeps of one mask, in the order in which it is run."""
 
     mask: Bool[Tensor, "#B #H Q K"]
-    order: Int[Tensor, "n"] | None
-    """Positions in that order; None: as they come."""
+    order: Int[Tensor, "*H n"] | None
+    """Positions in that order, one for all heads or one for each; None: as they come."""
     blocks: Any
     """FlexAttention's BlockMask; None where it is not run."""
 
@@ -103,8 +103,8 @@ class Laid:
             self._last = self._lay(n + ROOM if corner and one_more and not self.length else n).to(device)
         return self._last[..., :n, :n]
 
-    def order(self, n: int) -> Int[Tensor, "n"] | None:
-        """The order of positions in which the pattern has the smaller cover, if the rule knows one."""
+    def order(self, n: int) -> Int[Tensor, "*H n"] | None:
+        """The order of positions in which the pattern has the smaller cover, if the rule knows one, or each head's."""
         return self.rule.order(n) if hasattr(self.rule, "order") else None
 
     def _lay(self, n: int) -> Tensor:
@@ -306,7 +306,10 @@ def flex_attention(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "B H Q E"]:
-    """The same by FlexAttention: blocks of 128 x 128 without a kept entry are skipped."""
+    """The same by FlexAttention: blocks of 128 x 128 without a kept entry are skipped.
+
+    Where heads have orders of their own, each gets its key/value head in its order, also those that share one (GQA).
+    """
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         assert softcap is not None
@@ -314,7 +317,8 @@ def flex_attention(
 
     order = kept.order
     if order is not None:
-        query, key, value = (x[:, :, order] for x in (query, key, value))
+        key, value = (x if order.dim() == 1 else repeat_heads(x, query.shape[1]) for x in (key, value))
+        query, key, value = (_ordered(x, order) for x in (query, key, value))
     output = _flex(query.is_cuda)(
         query.to(value.dtype),
         key.to(value.dtype),
@@ -324,14 +328,20 @@ def flex_attention(
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return output if order is None else output[:, :, order.argsort()]
+    return output if order is None else _ordered(output, order.argsort(-1))
 
 
-def blocked(mask: Bool[Tensor, "#B #H Q K"], order: Int[Tensor, "n"] | None = None) -> Kept:
-    """A mask as FlexAttention runs it, queries and keys in this order."""
+def _ordered(x: Tensor, order: Int[Tensor, "*H n"]) -> Tensor:
+    """The rows of (B, H, n, E) in one order, or each head's in its own."""
+    return x[:, :, order] if order.dim() == 1 else x.take_along_dim(order[None, :, :, None], 2)
+
+
+def blocked(mask: Bool[Tensor, "#B #H Q K"], order: Int[Tensor, "*H n"] | None = None) -> Kept:
+    """A mask as FlexAttention runs it, queries and keys in this order, or each head's in its own."""
     if order is not None:
         order = order.to(mask.device)
-        mask = mask[..., order, :][..., order]
+        rows = _ordered(mask, order)
+        mask = rows[..., order] if order.dim() == 1 else rows.take_along_dim(order[None, :, None], 3)
     return Kept(mask, order, block_mask(mask))
 
 

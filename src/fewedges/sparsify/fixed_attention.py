@@ -258,6 +258,14 @@ class Heads:
             raise RecipeError("heads", "a rule that is itself one of several heads", "rules of one head each")
         return Pattern(torch.stack(masks))
 
+    def order(self, n: int) -> Int[Tensor, "*H n"] | None:
+        """Each head's own order, (H, n); (n,) where all have the same; None where no head has one."""
+        found = [rule.order(n) if hasattr(rule, "order") else None for rule in self.rules]  # type: ignore[attr-defined]
+        if all(order is None for order in found):
+            return None
+        orders = torch.stack([torch.arange(n) if order is None else order for order in found])
+        return orders[0] if bool((orders == orders[0]).all()) else orders
+
 
 def _positions(n: int) -> tuple[Int[Tensor, "n 1"], Int[Tensor, "1 n"]]:
     at = torch.arange(n)
