@@ -647,13 +647,15 @@ def test_gates_do_not_take_the_place_of_fixed_patterns(tmp_path):
         before = logits(dense.model)
         for what in (dense, sparse):  # a base that is not dense
             with pytest.raises(ModelError, match=r"sparsify attention: fixed .*detach_patterns_"):
-                fe.sparsify(what, recipe(), data=NoiseBatches(), out=tmp_path / "run")
+                fe.sparsify(what, recipe(), out=tmp_path / "run")  # before there is data
         with pytest.raises(ModelError, match="sparsify attention: fixed"):
             fe.post_train(dense, recipe(), NoiseBatches(), control=True)
         with pytest.raises(ModelError, match="sparsify attention: fixed"):
             gates_only(dense, 0.0)
         assert torch.equal(logits(dense.model), before)
     attend_(sparse.control.model, dense.anatomy, Local(2))
+    with pytest.raises(ModelError, match="sparsify attention: fixed"):
+        fe.sparsify(sparse, recipe(), data=NoiseBatches(), control=True)  # would begin with its weights
     with pytest.raises(ModelError, match=r"save .*run: fixed"):
         sparse.save(tmp_path / "run")
     with pytest.raises(ModelError, match=r"save .*run: fixed"):
