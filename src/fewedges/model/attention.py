@@ -100,7 +100,7 @@ def refuse_patterns(asked: str, *models: Any) -> None:
     """Raise ModelError where one of the models has fixed patterns: for what would go on without them, unsaid."""
     if any(has_patterns(model) for model in models):
         found = "fixed attention patterns are attached (attend_): they are no part of the weights and would be lost"
-        hint = "it outside `attending`, or after `sparsify.attending.detach_patterns_`; attach them again afterwards"
+        hint = "the same outside `attending`, or after `sparsify.attending.detach_patterns_`; attach them again later"
         raise ModelError(asked, found, hint)
 
 
