@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from fewedges.errors import RecipeError
+from fewedges.errors import DataError, RecipeError
 from fewedges.sparsify.slide import RowAdam, SlideLinear
 from fewedges.sparsify.slide_hash import ATTEMPTS, Functions, Hashing, Tables
 
@@ -237,13 +238,102 @@ def test_rows_move_as_by_sparse_adam(width):
     torch.testing.assert_close(mine, slow, rtol=0, atol=9e-7)  # measured 2.4e-7
 
 
+def learning(seed, hashing=None, **options):
+    """A layer that draws ties and fillers, and fills its tables every third step, every seventh by new functions."""
+    torch.manual_seed(seed)
+    rules = {"least": 9, "most": 6, "refill": 21, "redraw": 49, **options}
+    layer = SlideLinear(12, 60, hashing or Hashing(codes=3, tables=4), **rules, seed=seed)
+    return layer, RowAdam(layer.parameters(), 0.1)
+
+
+def go_on(layer, optimizer, steps):
+    """Train by the batches of these steps: what was active in each, and the tables after it."""
+    seen = []
+    for step in steps:
+        g = torch.Generator().manual_seed(step)
+        x, labels = torch.randn(7, 12, generator=g), torch.randint(-1, 60, (7, 3), generator=g)
+        optimizer.zero_grad()
+        active = layer(x, labels)
+        active.loss(labels).backward()
+        optimizer.step()
+        layer.seen_(7)
+        seen.append([active.row, active.neuron, active.logit.detach(), layer.tables.key, layer.tables.neuron])
+    return seen
+
+
 @pytest.mark.reproduces
-def test_a_saved_layer_finds_the_same_neurons():
-    layer, x, labels = layer_and_inputs(3)
-    twin = SlideLinear(12, 60, Hashing(codes=3, tables=4), seed=3)
-    twin.load_state_dict(layer.state_dict())
-    for mine, wanted in zip(twin(x, labels)[:3], layer(x, labels)[:3], strict=True):
-        assert torch.equal(mine, wanted)
+@pytest.mark.parametrize("stop", [2, 8, 11])  # before a refill, after one redraw, and with older tables than weights
+def test_a_layer_saved_and_loaded_goes_on_as_if_it_had_not_been(stop, tmp_path):
+    layer, optimizer = learning(3)
+    go_on(layer, optimizer, range(stop))
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer")
+    twin, other = learning(4)
+    twin.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    other.load_state_dict(torch.load(tmp_path / "optimizer", weights_only=True))
+    wanted, mine = (go_on(*pair, range(stop, 16)) for pair in ((layer, optimizer), (twin, other)))
+    for step, (theirs, ours) in enumerate(zip(wanted, mine, strict=True)):
+        assert all(map(torch.equal, theirs, ours)), step
+    assert torch.equal(twin.weight, layer.weight)
+    assert (twin.seed, twin.inputs_seen) == (layer.seed, layer.inputs_seen) == (5, 112)
+
+
+@pytest.mark.stays
+def test_tables_move_with_the_layer_and_are_not_filled_again_by_it():
+    layer, optimizer = learning(3)
+    go_on(layer, optimizer, range(2))
+    before, newer = layer.tables, Tables.of(layer.functions.keys(layer.weight), 128)
+    assert not torch.equal(before.neuron, newer.neuron)  # weights have moved since
+    layer.double()
+    assert torch.equal(layer.tables.key, before.key)
+    assert torch.equal(layer.tables.neuron, before.neuron)
+    assert layer.keys.dtype == torch.uint8  # as small as 8 keys allow
+    layer.to("meta")
+    assert {part.device.type for part in (layer.tables.key, layer.functions.projection)} == {"meta"}
+
+
+@pytest.mark.stays
+def test_weights_alone_fill_new_tables():
+    layer, optimizer = learning(3)
+    go_on(layer, optimizer, range(8))
+    twin, _ = learning(3)
+    alone = {name: value for name, value in layer.state_dict().items() if name in ("weight", "bias")}
+    twin.load_state_dict(alone, strict=False)
+    assert (twin.seed, twin.inputs_seen) == (3, 0)
+    assert torch.equal(twin.tables.neuron, Tables.of(twin.functions.keys(layer.weight), 128).neuron)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize("family", [{"codes": 2}, {"tables": 5}, {"kind": "dwta"}, {"kind": "wta", "bin": 2}])
+def test_tables_of_other_functions_are_not_loaded(family):
+    layer, _ = learning(0)
+    twin, _ = learning(0, Hashing(**{"codes": 3, "tables": 4, **family}))
+    before = twin.weight.detach().clone()
+    with pytest.raises(RecipeError, match=r"there, .* here\. Try: the same Hashing"):
+        twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.weight, before)
+
+
+@pytest.mark.survives
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([[60], [5]], "label 60. Try: 0 to 59"),  # would be neuron 0 of the next input
+        ([[5], [60]], "label 60"),
+        ([[5], [-2]], "label -2"),
+        ([[5.0], [6.0]], r"torch.float32 of shape \(2, 1\). Try: integers"),
+        ([[True], [False]], "torch.bool"),
+        ([5, 6], r"torch.int64 of shape \(2,\)"),
+        ([[5]], r"shape \(1, 1\). Try: integers of shape \(2, k\)"),
+    ],
+)
+def test_labels_that_are_no_neurons_are_refused(labels, found, as_users_call):
+    layer, x, _ = layer_and_inputs(least=60)  # all active: nothing else would refuse a label
+    labels, active = torch.tensor(labels), layer(x[:2])
+    for use in (lambda: layer(x[:2], labels), lambda: active.loss(labels)):
+        with pytest.raises(DataError, match=f"labels of 2 inputs among 60 neurons: .*{found}"):
+            use()
+    assert active.loss(torch.tensor([[59], [-1]], dtype=torch.int8)).isfinite()
 
 
 def extreme_classification(classes=2000, words=600, seed=0):

@@ -18,14 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fewedges.errors import RecipeError
+from fewedges.errors import DataError, RecipeError
 from fewedges.sparsify.pattern import Pattern
-from fewedges.sparsify.slide_hash import Functions, Hashing, Tables
+from fewedges.sparsify.slide_hash import HASHES, Functions, Hashing, Tables
 
 CAPACITY = 128
 """Neurons a bucket holds."""
 BLOCK = 2**17
 """Entries that `RowAdam` moves together: so that they stay in a core's cache."""
+STATE = ("keys", "facts", "random_state")
+"""What a layer saves beside weight and bias."""
 
 
 class Active(NamedTuple):
@@ -57,7 +59,7 @@ class Active(NamedTuple):
 
         It leaves out what is not active, so it lies below the loss of the whole layer.
         """
-        row, label = _pairs(labels)
+        row, label = _pairs(labels, self.shape)
         at, wanted = self.row * self.shape[1] + self.neuron, row * self.shape[1] + label
         place = torch.searchsorted(at, wanted).clamp(max=max(len(at) - 1, 0))
         if len(at) < len(wanted) or not at[place].equal(wanted):
@@ -72,7 +74,17 @@ class SlideLinear(nn.Module):
     An input's active neurons are those found in more than `above` tables, of these the `most` that were found most
     often (ties at random), filled with random ones to `least`, and its labels. (The published program's default is
     above 0, no limit, least 1000.) Call `seen_` after every step.
+
+    A state dict holds the tables too: after a load training goes on as if it had not been cut. One that holds weight
+    and bias alone (strict=False) fills new tables from them.
     """
+
+    keys: Tensor
+    """Keys by which neurons stand in the tables, (N, L): of the weights as they were when these were filled."""
+    facts: Tensor
+    """Seed, inputs seen, and the family of hash functions, as they were last saved."""
+    random_state: Tensor
+    """Where the draws were then."""
 
     def __init__(
         self,
@@ -98,20 +110,57 @@ class SlideLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, 1))
         self.seed, self.inputs_seen = seed, 0
         self._generator = torch.Generator().manual_seed(seed)
-        self.register_load_state_dict_post_hook(lambda module, _: module.fill_())
+        for name in STATE:
+            self.register_buffer(name, torch.empty(0, dtype=torch.long))
         self.fill_()
+        self._note()
 
     def fill_(self, new_functions: bool = False) -> None:
         """Fill the tables from the weights as they now are."""
         self.seed += new_functions
         self.functions = Functions(self.hashing, self.in_features, self.seed, self.weight.device)
-        self.tables = Tables.of(self.functions.keys(self.weight), CAPACITY)
+        keys = self.functions.keys(self.weight)
+        self.keys = keys.to(_smallest(self.hashing.keys))
+        self.tables = Tables.of(keys, CAPACITY)
+
+    def _set_up(self) -> None:
+        """Functions and tables where the weights now are, from seed and keys: not filled again."""
+        self.functions = Functions(self.hashing, self.in_features, self.seed, self.weight.device)
+        self.tables = Tables.of(self.keys.to(self.weight.device).long(), CAPACITY)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SlideLinear":
-        """Move the module (to, cuda, double), and fill tables where the weights now are."""
+        """Move the module (to, cuda, double), and its tables with it."""
         super()._apply(fn, recurse)
-        self.fill_()
+        self._set_up()
         return self
+
+    def _note(self) -> None:
+        """Bring the buffers that are saved up to date."""
+        facts = [self.seed, self.inputs_seen, *self._family()]
+        self.facts = torch.tensor(facts, device=self.weight.device)
+        self.random_state = self._generator.get_state().to(self.weight.device)
+
+    def _family(self) -> list[int]:
+        hashing = self.hashing
+        return [HASHES.index(hashing.kind), hashing.codes, hashing.tables, hashing.base]
+
+    def _save_to_state_dict(self, *given: Any) -> None:
+        self._note()
+        super()._save_to_state_dict(*given)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *given: Any) -> None:
+        """RecipeError for tables of other hash functions: their keys would find anything."""
+        whole = all(prefix + name in state for name in STATE)
+        theirs = state[prefix + "facts"][2:].tolist() if whole else self._family()
+        if theirs != self._family():
+            found = f"kind, codes, tables and base are {theirs} there, {self._family()} here"
+            raise RecipeError("load a SLIDE layer", found, "the same Hashing, or weight and bias alone, strict=False")
+        super()._load_from_state_dict(state, prefix, *given)
+        if not whole:
+            return self.fill_()
+        self.seed, self.inputs_seen = self.facts[:2].tolist()
+        self._generator.set_state(self.random_state.cpu())
+        self._set_up()
 
     def seen_(self, inputs: int) -> bool:
         """Count trained inputs; True when the tables were filled again."""
@@ -146,7 +195,7 @@ class SlideLinear(nn.Module):
         if self.most is not None:
             chosen = chosen[self._most(row, times, len(x))]
         if labels is not None:
-            with_labels = _pairs(labels)
+            with_labels = _pairs(labels, (len(x), self.out_features))
             chosen = torch.cat([chosen, with_labels[0] * self.out_features + with_labels[1]]).unique()
         chosen = self._filled(chosen, len(x))
         row = chosen // self.out_features
@@ -238,10 +287,25 @@ def _rows(which: Int[Tensor, "U"], rows: Float[Tensor, "U d"], shape: Iterable[i
     return torch.sparse_coo_tensor(which[None], rows, tuple(shape), is_coalesced=True, check_invariants=False)
 
 
-def _pairs(labels: Int[Tensor, "M k"]) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"]]:
-    """(input, label) without the -1."""
+def _pairs(labels: Int[Tensor, "M k"], shape: tuple[int, int]) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"]]:
+    """(input, label) without the -1; DataError for what is no neuron: its place would be one of the next input's."""
+    rows, neurons = shape
+    asked, kind = f"labels of {rows} inputs among {neurons} neurons", labels.dtype
+    if kind == torch.bool or kind.is_floating_point or kind.is_complex or labels.dim() != 2 or len(labels) != rows:
+        found = f"{kind} of shape {tuple(labels.shape)}"
+        raise DataError(asked, found, f"integers of shape ({rows}, k), -1 where an input has fewer")
+    labels = labels.long()  # 8 and 16 bits hold no larger number to compare with
+    wrong = labels[(labels < -1) | (labels >= neurons)]
+    if len(wrong):
+        raise DataError(asked, f"label {int(wrong[0])}", f"0 to {neurons - 1}, and -1 where an input has fewer")
     row, place = (labels >= 0).nonzero(as_tuple=True)
     return row, labels[row, place]
+
+
+def _smallest(values: int) -> torch.dtype:
+    """The smallest integers that hold so many values."""
+    sizes = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
+    return next((kind for kind, most in sizes if values <= most), torch.int64)
 
 
 class RowAdam(torch.optim.Optimizer):
