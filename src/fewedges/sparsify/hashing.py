@@ -56,8 +56,10 @@ def hash_buckets(
 
 
 def suggested_buckets(n: int, chunk: int) -> int:
-    """2 n / m, brought down to a power of two: half a chunk a bucket, on average."""
-    return 2 ** ((2 * (n // chunk)).bit_length() - 1)
+    """2 n / m, brought down to a power of two: half a chunk a bucket, on average. At least the 2 of one rotation."""
+    if min(n, chunk) < 1:
+        raise RecipeError("suggested buckets", f"{n} tokens in chunks of {chunk}", "1 or more of each")
+    return 2 ** max(1, (2 * n // chunk).bit_length() - 1)
 
 
 def lsh_attention(
