@@ -61,8 +61,17 @@ def test_every_way_has_a_row_at_every_density_and_none_is_silently_absent(quick_
 
 
 @pytest.mark.matches
-def test_speed_ups_shares_and_limits_by_hand(planted):
-    found = hardware(**SMALL, ways=["masked", "csr"])
+@pytest.mark.parametrize(
+    ("vectors", "bandwidth", "memory"),
+    [(4, 1e9, False), (1, 1e9, True), (4, 1e8, True)],  # memory alone bounds few vectors, or a slow one
+)
+def test_speed_ups_shares_and_limits_by_hand(planted, monkeypatch, vectors, bandwidth, memory):
+    monkeypatch.setattr(speed, "peaks", lambda *_: {"flops": 1e9, "bandwidth": bandwidth})
+
+    def floor_of(parameters):  # in ms; the case says what bounds it
+        return 4e3 * (192 * vectors + parameters) / bandwidth if memory else 2e3 * vectors * parameters / 1e9
+
+    found = hardware(**{**SMALL, "rows": vectors}, ways=["masked", "csr"])
     dense, *rows = found.rows
     assert [(row["what"], row["asked"]) for row in rows] == [(w, d) for w in ("masked", "csr") for d in (0.1, 0.5)]
     assert (dense["what"], dense["ms_p50"], dense["repeats"]) == ("dense", pytest.approx(10.0), 6)
@@ -70,12 +79,12 @@ def test_speed_ups_shares_and_limits_by_hand(planted):
         assert row["parameters"] == {0.1: 820, 0.5: 4096}[row["asked"]]
         assert row["density"] == row["parameters"] / 8192
         assert row["speedup"] == pytest.approx(10 / MS[row["what"]], rel=1e-12)
-        floor = 1e3 * max(2 * 4 * row["parameters"], 4 * (4 * 192 + row["parameters"])) / 1e9
+        floor = floor_of(row["parameters"])
         assert row["floor_ms"] == pytest.approx(floor, rel=1e-12)
         assert row["roofline"] == pytest.approx(floor / MS[row["what"]], rel=1e-12)
         assert row["limit"] == pytest.approx(10 / floor, rel=1e-12)
-        assert (row["M"], row["dtype"], row["shape"]) == (4, "float32", "64x128")
-    assert dense["roofline"] == pytest.approx(1e3 * 2 * 4 * 8192 / 1e9 / 10)
+        assert (row["M"], row["dtype"], row["shape"]) == (vectors, "float32", "64x128")
+    assert dense["roofline"] == pytest.approx(floor_of(8192) / 10, rel=1e-12)
 
 
 @pytest.mark.matches
