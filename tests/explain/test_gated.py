@@ -35,6 +35,38 @@ def test_all_edges_are_the_gated_model_and_none_its_corrupt_run(name):
 
 
 @pytest.mark.matches
+def test_in_float32_the_full_circuit_is_the_gated_model_but_for_gates_that_rounding_turns(monkeypatch):
+    """One gate after the other is put at its threshold: only where it turns does the full circuit differ."""
+    from fewedges.sparsify.attention import gate
+
+    seen, decide = [], gate.gates
+    monkeypatch.setattr(gate, "gates", lambda logits, gating: seen.append(logits.clone()) or decide(logits, gating))
+    model = tiny_model("gpt2")
+    body = anatomy(model)
+    attach_(model, body, learned=False)
+    wiring, prompts = wire(model, body), random_prompts(2)
+    bias = wiring.blocks[1].attention.gate_bias
+
+    def layer_1_of_model_and_circuit():
+        seen.clear()
+        found = evaluate(wiring, prompts, wiring.graph.real[None])
+        return seen[3], seen[-1], np.abs(found.metric[0] - found.full)  # 2 layers: corrupt, clean, circuit
+
+    turned, kept = [], []
+    for b, last in enumerate(prompts.last.tolist()):
+        for head, key in np.ndindex(4, last):
+            with torch.no_grad():
+                bias.fill_(-0.05)
+                bias[head] -= layer_1_of_model_and_circuit()[0][b, head, last, key]
+            plain, circuit, error = layer_1_of_model_and_circuit()
+            moved = ((plain > 0) != (circuit > 0))[b, :, last].any()
+            (turned if moved else kept).append(error[b])
+    assert max(kept) < 1.8e-6  # measured 4.5e-7, over 26
+    assert len(turned) > 5  # measured 18
+    assert np.median(turned) > 3e-3  # measured 0.011
+
+
+@pytest.mark.matches
 @pytest.mark.parametrize("key_readers", ["group", "head"])
 def test_a_circuit_edge_opens_and_closes_gates_of_its_own_head_only(key_readers):
     """The gates of a1.h2 are counted with and without the edges into its query."""

@@ -4,6 +4,11 @@ For every chunk of prompts the full model runs once, the ablation values and the
 once, and then only the circuits run. On a CPU one circuit runs at a time unless the model is tiny (stacking made
 large batches slower there); elsewhere as many as the memory limit allows.
 
+Exact means: nothing is linearised, and the circuit of all edges is measured like any other, so that its distance from
+the model itself shows what rounding costs. Without gates that is at most 1.3e-6 of the effect in the committed results
+(float32). Behind gates a score at its threshold may be rounded to the other side, and that gate turns: see
+docs/circuits.md.
+
 Shapes: K circuit, B prompt, J source, I destination, V vocabulary.
 """
 
