@@ -219,7 +219,7 @@ class CircuitSearch:
     complements: bool = True
     """Also measure all edges but the circuit's: necessity."""
     memory: int | None = None
-    """Bytes that may be used beside the model; default 512 MiB on a CPU, 4 GiB on a GPU."""
+    """Bytes that may be used beside the model, prompts and scores, one prompt at least; default 768 MiB, GPU 6 GiB."""
     seed: int = 0
     """Seed of prompts, split, controls and bootstrap."""
 

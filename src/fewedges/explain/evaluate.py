@@ -24,7 +24,16 @@ from torch import Tensor
 from fewedges.errors import RecipeError
 from fewedges.explain.ablation import Ablating, Ablation
 from fewedges.explain.hooks import Wiring
-from fewedges.explain.running import Ablated, Stream, circuit_logits, prompts_at_once, run
+from fewedges.explain.running import (
+    Ablated,
+    Stream,
+    circuit_logits,
+    memory_for,
+    prompts_at_once,
+    row_bytes,
+    rows_per_prompt,
+    run,
+)
 from fewedges.explain.tasks.prompts import Prompts
 
 CPU_NUMBERS = 2**17
@@ -137,7 +146,8 @@ def _circuits(
 def circuits_at_once(wiring: Wiring, shape: tuple[int, int], count: int, memory: int | None) -> int:
     """How many circuits to run side by side on prompts of this shape."""
     batch, tokens = shape
-    fits = prompts_at_once(wiring, tokens, memory) // batch
+    shared, each = rows_per_prompt(wiring, tokens)
+    fits = (memory_for(wiring, memory) // (batch * row_bytes(wiring, tokens)) - shared) // each
     width = wiring.blocks[0].weight.shape[-1]
     best = CPU_NUMBERS // (batch * tokens * width) if wiring.device.type == "cpu" else fits
     return max(1, min(fits, best, count))

@@ -7,8 +7,8 @@ ablated to, and d_j = s_j - c_j, destination i reads
 
 and everything after (norm, projections, rotary embedding, softmax, gates, MLP) is the model's own code on that
 input: nothing is linearised. The sums of c_j are ordinary residual streams, computed once for all circuits; the
-mixing is one matrix product per reading point. Memory: the d_j take (sources x tokens x width) numbers per prompt;
-`prompts_at_once` turns a limit in bytes into a number of prompts.
+mixing is one matrix product per reading point. Memory: the d_j take (sources x tokens x width) numbers per prompt, the
+c_j and their streams about seven per layer; `prompts_at_once` turns a limit in bytes into a number of prompts.
 
 Shapes: K circuit, B prompt, T token, N = B * T, D width, H head, E head width, J source, I destination, V vocabulary.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fewedges.explain.hooks import Block, Reader, Wiring, head_writes, keys_per_head, project, swapped
 from fewedges.model.anatomy import plain
 
-MEMORY = {"cpu": 2**29, "cuda": 2**32}
+MEMORY = {"cpu": 3 * 2**28, "cuda": 3 * 2**31}
 """Default limits, in bytes, of what a circuit run keeps beside the model; small enough for a CPU's neighbours."""
 
 
@@ -84,14 +84,37 @@ def memory_for(wiring: Wiring, memory: int | None) -> int:
 
 
 def prompts_at_once(wiring: Wiring, tokens: int, memory: int | None = None, *, gradients: bool = False) -> int:
-    """How many prompts of this many tokens fit into `memory` bytes, at least 1; counted in rows of (tokens x width).
+    """How many prompts of this many tokens fit into `memory` bytes, at least 1; with gradients, or with one circuit."""
+    shared, each = rows_per_prompt(wiring, tokens)
+    graph = wiring.graph
+    rows = graph.sources + 4 * graph.readers + 42 * graph.layers + 2 if gradients else shared + each
+    return max(1, memory_for(wiring, memory) // (rows * row_bytes(wiring, tokens)))
 
-    Kept are a row per source, four per attention input of a layer, two per layer; with gradients about 40 more per
-    layer, what autograd saves (counted for a GPT-2 block with its composed GELU).
+
+def row_bytes(wiring: Wiring, tokens: int) -> int:
+    """One (tokens x width) of a prompt."""
+    return tokens * wiring.blocks[0].weight.shape[-1] * wiring.dtype.itemsize
+
+
+def rows_per_prompt(wiring: Wiring, tokens: int) -> tuple[int, int]:
+    """What a prompt needs while circuits run, in rows of (tokens x width): once, and again for every circuit.
+
+    Once: what every source is ablated to (the input, heads and MLP of every layer), the streams and projections made
+    of it, and logits. For every circuit: the differences of all sources, what the attention inputs of one layer read,
+    normed (torch's layer norm makes 2 copies of it, one written out 4), and the scores or the MLP of one layer or the
+    logits, whatever is most. A gated model's attention is counted, the largest.
     """
-    graph, width = wiring.graph, wiring.blocks[0].weight.shape[-1]
-    rows = graph.sources + 4 * graph.readers + (42 if gradients else 2) * graph.layers + 2
-    return max(1, memory_for(wiring, memory) // (rows * tokens * width * wiring.dtype.itemsize))
+    graph, first = wiring.graph, wiring.blocks[0]
+    heads, head_width, width = first.weight.shape
+    vocabulary = -(-wiring.model.get_output_embeddings().weight.shape[0] // (tokens * width))
+    units = sum(len(reader.destinations) * reader.weight.shape[2] for reader in first.readers)
+    attention = -(-(2 * units + 8 * heads * tokens) // width)
+    written = -(-heads * head_width // width) + 1
+    shared = graph.layers * (written + 2 + -(-units // width)) + 2 + 5 * vocabulary
+    copies = 2 if type(first.norm) is nn.LayerNorm else 4
+    wide = max(1, 4 // wiring.dtype.itemsize)  # half precision: norms, softmax and logits are float32
+    at_once = max(copies * graph.readers, graph.readers + max(attention, 20, 4 * vocabulary))
+    return shared, graph.sources + wide * at_once
 
 
 # -- circuits ------------------------------------------------------------------------------------------------------
@@ -129,6 +152,9 @@ class Ablated:
 
 class Stream:
     """The residual stream of K circuits run side by side, as differences from the ablation, source by source."""
+
+    normed: Float[Tensor, "K n N D"] | None = None
+    """What the attention inputs of the layer at hand read, normed."""
 
     def __init__(self, ablated: Ablated, masks: Float[Tensor, "K J I"], room: Tensor | None = None):
         self.ablated, self.masks, self.circuits = ablated, masks, masks.shape[0]
@@ -206,7 +232,6 @@ class _Wires:
         self.first = self.graph.reader(layer)
         self.rows = [n for n in range(self.graph.readers) if stream.reading[self.first + n]]
         """Attention inputs that read something, counted from the layer's first."""
-        self.normed: Tensor
 
     def read_attention(self, norm: Any, ablated: Tensor) -> Any:
         whole = len(self.rows) == self.graph.readers
@@ -216,9 +241,10 @@ class _Wires:
             if self.layer == 0:
                 self.stream.add(x, self.stream.ablated.values.input)
             if self.rows:
+                self.stream.normed = None  # the last layer's, or there would be two
                 chosen = slice(self.first, self.first + len(inputs)) if whole else inputs
                 mixed = self.stream.mix(chosen, self.graph.before_attention(self.layer), ablated)
-                self.normed = norm(mixed).flatten(2, 3)  # (K, n, N, D)
+                self.stream.normed = norm(mixed).flatten(2, 3)  # (K, n, N, D)
             return x
 
         return read
@@ -235,7 +261,8 @@ class _Wires:
             if not units:
                 return ablated.expand(self.stream.circuits, *ablated.shape).reshape(*x.shape[:-1], -1)
             some = reader if len(units) == len(wanted) else reader.only(units)
-            found = [project(some, _rows(one, rows)).transpose(0, 1) for one in self.normed]  # (N, U', E)
+            assert self.stream.normed is not None  # a norm comes before its matrices
+            found = [project(some, _rows(one, rows)).transpose(0, 1) for one in self.stream.normed]  # (N, U', E)
             if some is not reader:
                 found = [_filled(ablated, units, one) for one in found]
             return _stacked([one.reshape(len(one), -1) for one in found]).view(*x.shape[:-1], -1)
