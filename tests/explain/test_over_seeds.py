@@ -31,6 +31,20 @@ def run(at, spread=0.0, seed=0, **facts):
 
 
 @pytest.mark.matches
+def test_no_heads_count_as_one():
+    """A draw of prompts may reach the level without a head: 1000 heads over none are 1000 times fewer, not 1e12."""
+    none = replace(run(250).curves["sparse"], heads=np.array([0, 0, 5]))
+    found = run(250)
+    found.curves["sparse"] = none
+    assert found.ratio("heads") == pytest.approx(1000)
+    assert found.ratio_interval("heads") == pytest.approx((1000, 1000))
+    assert ratio_over_seeds([found], "heads") == pytest.approx((1000, 1000, 1000))
+    assert crossing([none], "heads") == pytest.approx(1)
+    found.curves["dense"] = none
+    assert found.ratio("heads") == 1
+
+
+@pytest.mark.matches
 def test_the_ratio_is_the_geometric_mean_of_the_runs():
     mean, low, high = ratio_over_seeds([run(250), run(100)])
     assert mean == pytest.approx((4 * 10) ** 0.5, rel=1e-12)

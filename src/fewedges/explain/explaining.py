@@ -195,9 +195,12 @@ def _untrained(dense: Loaded, prompts: Prompts, solved: dict[str, Any]) -> dict[
 
 
 def times_fewer(dense: Curve, other: Curve, count: str = "edges", level: float = 0.9) -> float:
-    """Edges (or heads) of the one over those of the other where each first explains `level`; inf, 0, NaN if never."""
-    first, second = (getattr(found, f"{count}_at")(level) for found in (dense, other))
-    return first / max(second, 1e-9) if np.isfinite(first) or np.isfinite(second) else float("nan")
+    """Edges (or heads) of the one over those of the other where each first explains `level`; inf, 0, NaN if never.
+
+    A ratio of counts: none counts as one, for a draw of prompts may be explained without a single head.
+    """
+    first, second = (max(getattr(found, f"{count}_at")(level), 1.0) for found in (dense, other))
+    return first / second if np.isfinite(first) or np.isfinite(second) else float("nan")
 
 
 def _finite(x: float) -> float | None:
