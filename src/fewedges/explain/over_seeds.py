@@ -51,7 +51,7 @@ def line(curves: Sequence[Curve], count: str = "edges") -> Float[np.ndarray, "K"
 
 
 def crossing(curves: Sequence[Curve], count: str = "edges", level: float = 0.9) -> float:
-    """Where runs reach the level: the geometric mean of their sizes there, none counted as one; inf if one never does."""
+    """Where runs reach the level: geometric mean of their sizes there, none counted as one; inf if one never does."""
     sizes = [getattr(curve, f"{count}_at")(level) for curve in curves]
     return math.exp(sum(math.log(max(size, 1.0)) for size in sizes) / len(sizes))
 
