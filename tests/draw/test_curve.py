@@ -245,6 +245,16 @@ def test_the_key_stays_on_the_paper(count):
 
 
 @pytest.mark.stays
+def test_random_circuits_look_alike_with_a_control_and_without():
+    without = explained_effect([task(labels=("dense", "random circuits", "sparse"))])
+    labels = ("dense", "control", "random circuits", "sparse")
+    with_one = explained_effect([task(labels=labels, halves=(300, 250, 900, 10))])
+    looks = [line(figure, "edges-0-random circuits") for figure in (without, with_one)]
+    assert looks[0].get_color() == looks[1].get_color() != line(with_one, "edges-0-control").get_color()
+    assert looks[0].get_linestyle() == looks[1].get_linestyle()
+
+
+@pytest.mark.stays
 def test_a_control_that_only_later_tasks_have_takes_no_other_look():
     few, more = task("a", labels=("dense", "sparse"), halves=(300, 10)), task("b")
     seen = explained_effect([few, more])

@@ -121,6 +121,15 @@ def test_a_search_out_of_range_is_refused_by_the_name_of_its_field(bad):
         fe.CircuitSearch(**bad)
 
 
+@pytest.mark.says
+def test_intervals_of_too_few_prompts_are_warned_of(addition, caplog):
+    quick = dataclasses.replace(SEARCH, points=2, samples=2, steps=1, controls=False, complements=False)
+    explain(addition, "addition", dataclasses.replace(quick, count=16))
+    assert caplog.text == ""
+    explain(addition, "addition", dataclasses.replace(quick, count=4))
+    assert "measured on 2 prompts, too few for its intervals: --count 16" in caplog.text
+
+
 @pytest.mark.matches
 def test_pictures_are_written_for_both_themes(found, tmp_path):
     for theme in ("light", "dark"):

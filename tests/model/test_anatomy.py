@@ -110,7 +110,7 @@ def refused_configs():
 
 
 REFUSED = {
-    "bloom": "hard-wired.*would stay dense.*Llama, Mistral",
+    "bloom": "the attention of Bloom.*hard-wired.*would stay dense.*Llama, Mistral",
     "gpt-neo": "hard-wired.*would stay dense.*Llama, Mistral",
     "gpt-j": "hard-wired.*would stay dense.*Llama, Mistral",
     "falcon": "hard-wired.*would stay dense.*Llama, Mistral",

@@ -38,6 +38,8 @@ class Look(NamedTuple):
 
 FIRST, LAST = Look(3, "-", 1.1), Look(0, "-", 1.5)  # dense and sparse
 BETWEEN_THEM = (Look(1, (0, (3.5, 1.5)), 1.1), Look(2, (0, (1, 1)), 1.3))  # the control, and one more
+RANDOM = "random circuits"
+"""Always drawn as the second of these, with a control or without."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,7 +137,8 @@ class Plan:
     def look(self, label: str) -> Look:
         """The same look for a label in every panel."""
         place = self.labels.index(label)
-        middle = BETWEEN_THEM[(place - 1) % len(BETWEEN_THEM)]
+        others = [one for one in self.labels[1:-1] if one != RANDOM]
+        middle = BETWEEN_THEM[1 if label == RANDOM or label not in others else others.index(label) % len(BETWEEN_THEM)]
         return FIRST if place == 0 else LAST if place == len(self.labels) - 1 else middle
 
     def left(self, column: int) -> float:

@@ -12,6 +12,7 @@ Source of protocol and figure: Draye et al. 2025, arXiv:2512.05865; explained ef
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,11 @@ from fewedges.model.loading import Loaded
 from fewedges.recipes import CircuitSearch
 from fewedges.sparsify.attention.result import Sparse, gates_only
 
+log = logging.getLogger(__name__)
+
 UNTRAINED = "untrained gates"
+FEW = 8
+"""Below so many measured prompts a bootstrap has too few to draw from, and `explain` says so."""
 MODELS = ("dense", "control", "sparse", UNTRAINED)
 
 
@@ -155,6 +160,8 @@ def explain(
     if search.controls:
         models |= _untrained(models["dense"], prompts, solved)
     train, test = prompts.split(search.seed)
+    if len(test) < FEW:
+        log.warning("%s: measured on %d prompts, too few for its intervals: --count %d", task, len(test), 2 * FEW)
     facts = facts_of(what, prompts, train, test, search, options, manifest) | {"graphs": {}}
     found = Explained(task=prompts.name, model=models["dense"].name, curves={}, circuits={}, solved={}, facts=facts)
     for label, loaded in models.items():

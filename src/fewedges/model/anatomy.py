@@ -179,30 +179,32 @@ def _layer(model: nn.Module, index: int, call: _Call) -> Layer:
 
 
 def _refuse_by_config(model: Any, config: Any) -> None:
-    asked = f"a sparse {type(model).__name__}"
+    asked = f"the attention of {type(model).__name__}"
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(asked, "it is an encoder-decoder", "a decoder-only causal language model (Llama, GPT-2, ...)")
+        raise ModelError(
+            asked, "the model is an encoder-decoder", "a decoder-only causal language model (Llama, GPT-2, ...)"
+        )
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise ModelError(asked, "it has no language-model head", "the ...ForCausalLM class of this checkpoint")
+        raise ModelError(asked, "the model has no language-model head", "the ...ForCausalLM class of this checkpoint")
     if not hasattr(config, "num_attention_heads"):
-        raise ModelError(asked, "its config names no attention heads", "a transformer with softmax attention")
+        raise ModelError(asked, "the config names no attention heads", "a transformer with softmax attention")
     if not model._can_set_attn_implementation():
         raise ModelError(
             asked,
-            "its attention is hard-wired and ignores transformers' AttentionInterface, so it would stay dense",
+            "it is hard-wired and ignores transformers' AttentionInterface: it would stay dense and unexplained",
             "a family that goes through the interface (Llama, Mistral, Qwen, Gemma, Phi-3, OLMo, GPT-2, NeoX, OPT)",
         )
 
 
 def _refuse_by_calls(model: Any, calls: list[_Call], layers: int) -> None:
-    asked = f"a sparse {type(model).__name__}"
+    asked = f"the attention of {type(model).__name__}"
     if len(calls) != layers or len({id(call.module) for call in calls}) != layers:
         found = f"{len(calls)} calls of the attention interface for {layers} layers"
         raise ModelError(asked, found, "a decoder in which every layer has softmax attention")
     if len({call.shape for call in calls}) > 1 and len({call.shape[0] for call in calls}) > 1:
-        raise ModelError(asked, "its layers differ in their number of heads", "a model with equal layers")
+        raise ModelError(asked, "layers differ in their number of heads", "a model with equal layers")
     for call in calls:
         extra = [name for name, x in call.kwargs.items() if torch.is_tensor(x) and name not in HARMLESS]
         if extra:
-            found = f"its attention also takes {', '.join(extra)}, which gates do not know"
+            found = f"it also takes {', '.join(extra)}, which gates do not know"
             raise ModelError(asked, found, "a model without attention sinks or position biases")
