@@ -138,7 +138,7 @@ class Plan:
         """The same look for a label in every panel."""
         place = self.labels.index(label)
         others = [one for one in self.labels[1:-1] if one != RANDOM]
-        middle = BETWEEN_THEM[1 if label == RANDOM or label not in others else others.index(label) % len(BETWEEN_THEM)]
+        middle = BETWEEN_THEM[others.index(label) % len(BETWEEN_THEM) if label in others else 1]
         return FIRST if place == 0 else LAST if place == len(self.labels) - 1 else middle
 
     def left(self, column: int) -> float:
