@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from fewedges.errors import FewedgesError
-from fewedges.measure.ways import WAYS, Case, examples, pixelated
+from fewedges.measure.ways import WAYS, Case, examples, monarch_form, pixelated
 from fewedges.sparsify.monarch import ButterflyProduct, Monarch
 
 HERE = [name for name in WAYS if name != "2:4" and "triton" not in name]
@@ -97,8 +97,7 @@ def test_a_product_of_factors_multiplies_by_the_matrix_of_its_layer(inputs, outp
 
 @pytest.mark.matches
 def test_factors_are_the_densest_that_are_not_over_by_hand():
-    """256 inputs, 384 outputs: k blocks of a Monarch cost 640 k; blocks of b of a product 2 b S log2(S / b)."""
-    assert [WAYS["monarch"].build(case(density=d)).parameters / 640 for d in (0.05, 0.1, 0.42)] == [4, 8, 64]
+    """256 inputs, 384 outputs: blocks of b of a product cost 2 b S log2(S / b)."""
     product = {d: WAYS["butterfly product"].build(case(density=d)) for d in (0.1, 0.2, 0.5)}
     assert {d: built.parameters for d, built in product.items()} == {
         0.1: 2 * 1 * 512 * 9,
@@ -106,6 +105,42 @@ def test_factors_are_the_densest_that_are_not_over_by_hand():
         0.5: 2 * 8 * 512 * 6,  # exactly half of the matrix
     }
     assert product[0.5].how == "6 factors of 8 x 8 blocks"
+
+
+@pytest.mark.matches
+def test_a_monarch_has_few_large_blocks_by_hand():
+    """256 inputs, 384 outputs: k blocks of rank r cost 640 k r, and density .1 pays for 15.4 of these."""
+    assert {d: monarch_form((384, 256), d) for d in (0.02, 0.05, 0.1, 0.25, 0.42)} == {
+        0.02: (2, 1),  # 3.1: no 4 blocks
+        0.05: (2, 3),  # 7.7: 4 blocks of rank 1 would spend 4 of 6
+        0.1: (2, 7),  # 4 of rank 3 would spend 12 of 14
+        0.25: (4, 9),  # 36 of 38
+        0.42: (4, 16),
+    }
+    assert monarch_form((6, 10), 0.9) == (2, 1)  # no other number divides both
+    assert monarch_form((66, 30), 0.5) == (3, 3)  # 2 of rank 5, 3 of rank 3, 6 of rank 1
+    built = WAYS["monarch"].build(case(density=0.25))
+    assert built.parameters == 640 * 4 * 9
+    assert built.how == "4 blocks a factor, rank 9, width 144"
+    assert monarch_form((2048, 2048), 0.5) == (4, 128)  # as wide as the matrix
+
+
+@pytest.mark.stays
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 60), columns=st.integers(1, 60), step=st.integers(2, 6), density=st.floats(0.01, 1))
+def test_no_monarch_is_over_and_none_much_denser_is_passed_over(rows, columns, step, density):
+    rows, columns = step * rows, step * columns
+    counts = [k for k in range(2, min(rows, columns) + 1) if rows % k == columns % k == 0]
+    most, side = density * rows * columns * (1 + 1e-9) / (rows + columns), min(rows, columns)
+    spent = {k: [k * r for r in range(1, side // k + 1) if k * r <= most] for k in counts}
+    best = max((kept for of_k in spent.values() for kept in of_k), default=0)
+    if not best:
+        with pytest.raises(FewedgesError, match="the thinnest for"):
+            monarch_form((rows, columns), density)
+        return
+    k, r = monarch_form((rows, columns), density)
+    assert k * r == spent[k][-1] >= 0.9 * best
+    assert not [n for n in counts if 4 <= n < k and max(spent[n], default=0) >= 0.9 * best]
 
 
 @pytest.mark.survives

@@ -33,6 +33,11 @@ from fewedges.sparsify.select import select
 Call = Callable[[], Tensor]
 CHUNK = 256
 """Columns of a product of factors that are computed at a time in float64."""
+FEW, SPENT = 4, 0.9
+"""Blocks of a Monarch's factor, as many as the paper's MonarchLinear has by default, and the part of a density that is
+still this density. At M = 256 on one thread (benchmarks/monarch_forms.py, results/hardware/cpu/monarch-forms.csv) the
+fewest are not the fastest: from density .05 on, 2 blocks take 0.88 to 1.03 of the time of 4, 8 take 0.97 to 1.14, 16
+take 1.2 to 1.5, and the densest of rank 1 takes 1.6 (density .05) to 87 times as long (.5). 2 are nearer a low rank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +149,31 @@ def pixelated(case: Case, rank_share: float, kernel: Kernel = "reference") -> Bu
 
 
 def monarch(case: Case) -> Built:
-    """Two block-diagonal factors with a transpose between them, in the largest number of blocks that is not over."""
+    """Two block-diagonal factors with a permutation between them, in the form that `monarch_form` takes."""
     rows, columns = case.shape
-    fitting = {k: k * (rows + columns) for k in _divisors(rows, columns) if k > 1}  # one block is a rank of one
-    k = _largest("a Monarch matrix", fitting, case)
-    return _factored(case, lambda: Monarch(columns, rows, k), lambda layer: layer.weight, f"{k} blocks a factor")
+    k, r = monarch_form(case.shape, case.density)
+    how = f"{k} blocks a factor, rank {r}, width {k * k * r}"
+    return _factored(case, lambda: Monarch(columns, rows, k, rank=r), lambda layer: layer.weight, how)
+
+
+def monarch_form(shape: tuple[int, int], density: float) -> tuple[int, int]:
+    """Blocks a factor and rank of a piece of the Monarch that a density buys: few large blocks, which are fast.
+
+    Of the block counts that divide both sides and, at the largest rank that is not over, spend at least SPENT of what
+    the densest spends, the smallest from FEW on; where there is none, the largest below. RecipeError where even rank 1
+    is over. The width in between, k k r, bounds the rank of the product: at low densities it lies far below the sides.
+    """
+    rows, columns = shape
+    most = density * rows * columns * (1 + 1e-9)
+    counts = [k for k in _divisors(rows, columns) if k > 1]  # one block is a low rank
+    ranks = {k: int(most / (k * (rows + columns))) for k in counts}  # k r <= R C / (R + C), so no piece is too small
+    spent = {k: r * k for k, r in ranks.items() if r}
+    if not spent:
+        least = min((k * (rows + columns) for k in counts), default=rows * columns)
+        raise _too_thin("a Monarch matrix", least, shape, density)
+    near = [k for k, numbers in spent.items() if numbers >= SPENT * max(spent.values())]
+    k = min((k for k in near if k >= FEW), default=max(near))
+    return k, ranks[k]
 
 
 def butterfly_product(case: Case) -> Built:
@@ -209,10 +234,13 @@ def _largest(what: str, parameters: Mapping[int, int], case: Case) -> int:
     rows, columns = case.shape
     fitting = {size: kept for size, kept in parameters.items() if kept <= case.density * rows * columns * (1 + 1e-9)}
     if not fitting:
-        least = min(parameters.values(), default=rows * columns) / (rows * columns)
-        found = f"the thinnest for {columns} inputs and {rows} outputs has {least:.3g}"
-        raise RecipeError(f"{what} of density {case.density:g}", found, "a higher density, or sides that share factors")
+        raise _too_thin(what, min(parameters.values(), default=rows * columns), case.shape, case.density)
     return max(fitting, key=lambda size: fitting[size])
+
+
+def _too_thin(what: str, least: int, shape: tuple[int, int], density: float) -> RecipeError:
+    found = f"the thinnest for {shape[1]} inputs and {shape[0]} outputs has {least / math.prod(shape):.3g}"
+    return RecipeError(f"{what} of density {density:g}", found, "a higher density, or sides that share factors")
 
 
 def _factored(case: Case, make: Callable[[], Any], matrix: Callable[[Any], Tensor], how: str) -> Built:
