@@ -113,7 +113,7 @@ def test_nothing_kept_or_no_token_is_zero():
 def test_the_index_is_the_layout_by_rows_and_by_columns(rows, columns, density, seed):
     kept = pattern(32, rows, columns, density, seed)
     index = index_blocks(kept, 32)
-    at = list(zip(index.rows().tolist(), index.columns.tolist(), strict=True))
+    at = list(zip(index.rows.tolist(), index.columns.tolist(), strict=True))
     assert [list(x) for x in at] == kept.kept.nonzero().tolist()
     counts = index.turned_start.diff()
     assert torch.equal(counts, kept.kept.sum(0).int())
@@ -180,17 +180,17 @@ def test_every_candidate_is_one_the_kernel_knows():
 def test_says_what_it_cannot_do(monkeypatch):
     index = index_blocks(pattern(32, 4, 5, 0.6), 32)
     x, values = torch.randn(4, 160), torch.randn(index.blocks, 32, 32)
-    with pytest.raises(RecipeError, match="reference or triton"):
+    with pytest.raises(RecipeError, match="reference, batched or triton"):
         block_product(x, values, index, kernel="bsr")
     with pytest.raises(ModelError, match=r"inputs of 160, and .* blocks of 32"):
         block_product(x[:, :32], values, index)
     with pytest.raises(ModelError, match="one dtype and one device"):
         block_product(x.half(), values, index)
-    with pytest.raises(ModelError, match=r"float64.*reference"):
+    with pytest.raises(ModelError, match=r"float64.*batched"):
         block_product(x.double(), values.double(), index, kernel="triton")
     for kept, b in ((Pattern(torch.ones(48, 64, dtype=torch.bool)), 32), (pattern(32, 4, 4, 0.5), 16)):
         with pytest.raises(RecipeError, match="whole blocks, b one of"):
             index_blocks(kept, b)
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ModelError, match="not on a GPU"):
+    with pytest.raises(ModelError, match=r"not on a GPU.*kernel='batched'"):
         block_product(x, values, index, kernel="triton")

@@ -7,7 +7,7 @@ import torch
 
 import fewedges as fe
 from fewedges.errors import ModelError, RecipeError
-from fewedges.sparsify.blocked import BlockLinear, by_blocks
+from fewedges.sparsify.blocked import BlockLinear, by_blocks, kernel_for
 from fewedges.sparsify.masks import WATCH
 from fewedges.sparsify.pruned import begin
 from fewedges.sparsify.pruning import prune_
@@ -32,10 +32,11 @@ def layers(model):
 
 
 @pytest.mark.matches
+@pytest.mark.parametrize("kernel", ["reference", "batched"])
 @pytest.mark.parametrize("name", KEEP)
-def test_the_copy_gives_the_logits_and_gradients_of_the_masked_model(name):
+def test_the_copy_gives_the_logits_and_gradients_of_the_masked_model(name, kernel):
     result = pruned(name)
-    model = by_blocks(result, kernel="reference")
+    model = by_blocks(result, kernel=kernel)
     assert layers(model).keys() == result.masks.patterns.keys()
     results = []
     for one in (result.model.requires_grad_(True), model.requires_grad_(True)):
@@ -43,13 +44,13 @@ def test_the_copy_gives_the_logits_and_gradients_of_the_masked_model(name):
         out.loss.backward()
         results.append(out.logits.detach())
     scale = results[0].abs().max()
-    assert (results[0] - results[1]).abs().max() <= 4e-7 * scale  # measured 0
+    assert (results[0] - results[1]).abs().max() <= 1e-6 * scale  # measured 2.7e-7 batched, 0 by the reference
     for path, layer in layers(model).items():
         pattern, module = result.masks.patterns[path], result.model.get_submodule(path)
         whole = module.weight.grad if isinstance(module, torch.nn.Linear) else module.weight.grad.T
         assert layer.index.blocks * 32 * 32 == pattern.nnz
         kept = whole.unflatten(0, (-1, 32)).unflatten(-1, (-1, 32)).transpose(1, 2)[pattern.kept]
-        assert torch.allclose(layer.values.grad, kept, rtol=1e-4, atol=1e-7 * float(whole.abs().max()))
+        assert torch.allclose(layer.values.grad, kept, rtol=1e-4, atol=9e-7 * float(whole.abs().max()))  # 2.4e-7
 
 
 @pytest.mark.matches
@@ -116,7 +117,7 @@ def test_masks_without_blocks_are_refused():
 @pytest.mark.survives
 def test_lost_zeros_and_a_missing_gpu_are_errors():
     result = pruned()
-    model = by_blocks(result)
+    model = by_blocks(result, kernel="triton")
     with pytest.raises(ModelError, match="not on a GPU"):
         model(input_ids=tokens())
     name = next(iter(result.masks.patterns))
@@ -126,8 +127,20 @@ def test_lost_zeros_and_a_missing_gpu_are_errors():
         by_blocks(result)
 
 
+@pytest.mark.stays
+def test_without_a_kernel_it_is_one_that_runs_where_the_matrix_lies():
+    result = pruned()
+    model = by_blocks(result)
+    assert {layer.kernel for layer in layers(model).values()} == {"batched"}
+    with torch.no_grad():
+        wanted, found = (one(input_ids=tokens()).logits for one in (result.model, model))
+    assert (wanted - found).abs().max() <= 9e-7 * wanted.abs().max()  # measured 2.3e-7
+    assert [kernel_for(torch.device(name)) for name in ("cpu", "mps", "cuda:1")] == ["batched", "batched", "triton"]
+
+
 @pytest.mark.says
 def test_a_printed_layer_says_what_it_holds():
     layer = layers(by_blocks(pruned(), kernel="reference"))["transformer.h.0.mlp.c_fc"]
     assert f"{layer.index.blocks} blocks of 32, density=" in repr(layer)
+    assert "kernel=reference" in repr(layer)
     assert fe.by_blocks is by_blocks

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from fewedges.errors import RecipeError
 from fewedges.sparsify import pattern as patterns
-from fewedges.sparsify.block_kernel import block_product, gather_blocks, index_blocks
+from fewedges.sparsify.block_kernel import BlockKernel, block_product, gather_blocks, index_blocks
 from fewedges.sparsify.butterfly import PixelatedLinear, flat_butterfly
 from fewedges.sparsify.launching import Kernel
 from fewedges.sparsify.monarch import ButterflyProduct, Monarch
@@ -121,7 +121,7 @@ def two_of_four(case: Case) -> Built:
     return _built(weight, kept, {"F.linear(x, W)": lambda: linear(case.x, sparse).contiguous()}, parts)
 
 
-def blocks(case: Case, b: int, kernel: Kernel = "triton") -> Built:
+def blocks(case: Case, b: int, kernel: BlockKernel = "triton") -> Built:
     """Blocks of b x b anywhere, by the block-sparse kernel."""
     kept = select(case.random(), f"{b}x{b}", case.density)
     index = index_blocks(kept, b).to(case.x.device)

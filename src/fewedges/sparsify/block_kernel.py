@@ -17,7 +17,7 @@ Shapes: M input vectors, R outputs, C inputs; N kept blocks, i rows and j column
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fewedges.errors import ModelError, RecipeError
+from fewedges.sparsify.block_batched import batched_product
 from fewedges.sparsify.launching import (
-    Kernel,
     aligned,
     choose_kernel,
     described,
@@ -40,7 +40,9 @@ from fewedges.sparsify.launching import (
 )
 from fewedges.sparsify.pattern import Pattern
 
+BlockKernel = Literal["reference", "batched", "triton"]
 ASKED = "a product of kept blocks"
+KERNELS: tuple[BlockKernel, ...] = get_args(BlockKernel)
 BLOCKS = (32, 64, 128)
 SHARING = (1, 2, 4)
 """How many kept blocks of a row a program of dW may hold."""
@@ -109,6 +111,8 @@ class BlockIndex:
     start: Int[Tensor, "i_and_1"] = field(repr=False)
     columns: Int[Tensor, "N"] = field(repr=False)
     """Column of blocks of every value."""
+    rows: Int[Tensor, "N"] = field(repr=False)
+    """Row of blocks of every value."""
     turned_start: Int[Tensor, "j_and_1"] = field(repr=False)
     turned_rows: Int[Tensor, "N"] = field(repr=False)
     """Column after column, the row of blocks of every value."""
@@ -127,14 +131,9 @@ class BlockIndex:
         """Fraction of the matrix in kept blocks."""
         return self.blocks * self.block**2 / (self.shape[0] * self.shape[1])
 
-    def rows(self) -> Int[Tensor, "N"]:
-        """Row of blocks of every value."""
-        counts = self.start.diff()
-        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-
     def to(self, device: torch.device | str) -> "BlockIndex":
         """The same on another device."""
-        names = ("start", "columns", "turned_start", "turned_rows", "places")
+        names = ("start", "columns", "rows", "turned_start", "turned_rows", "places")
         jobs = {n: (rows.to(device), firsts.to(device)) for n, (rows, firsts) in self.jobs.items()}
         return replace(self, jobs=jobs, **{name: getattr(self, name).to(device) for name in names})
 
@@ -150,7 +149,8 @@ def index_blocks(pattern: Pattern, block: int) -> BlockIndex:
     order = to.argsort(stable=True)  # column after column, rows rising
     start, turned = (torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in (layout.sum(1), layout.sum(0)))
     jobs = {n: _jobs(start, n) for n in SHARING}
-    return BlockIndex((rows, columns), block, start.int(), to.int(), turned.int(), at[order].int(), order.int(), jobs)
+    placed = (start.int(), to.int(), at.int(), turned.int(), at[order].int(), order.int())
+    return BlockIndex((rows, columns), block, *placed, jobs)
 
 
 def _jobs(start: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -165,14 +165,14 @@ def gather_blocks(weight: Float[Tensor, "R C"], index: BlockIndex) -> Float[Tens
     """The values of a dense matrix at the kept blocks."""
     b = index.block
     cells = weight.unflatten(0, (-1, b)).unflatten(-1, (-1, b)).transpose(1, 2)  # (i, j, b, b)
-    return cells[index.rows(), index.columns]
+    return cells[index.rows, index.columns]
 
 
 def scatter_blocks(values: Float[Tensor, "N b b"], index: BlockIndex) -> Float[Tensor, "R C"]:
     """The dense matrix with its zeros; differentiable."""
     b = index.block
     cells = values.new_zeros(index.shape[0] // b, index.shape[1] // b, b, b)
-    return cells.index_put((index.rows(), index.columns), values).transpose(1, 2).reshape(index.shape)
+    return cells.index_put((index.rows, index.columns), values).transpose(1, 2).reshape(index.shape)
 
 
 def block_product(
@@ -180,20 +180,29 @@ def block_product(
     values: Float[Tensor, "N b b"],
     index: BlockIndex,
     *,
-    kernel: Kernel = "reference",
+    kernel: BlockKernel = "reference",
     tiles: BlockTiles | None = None,
 ) -> Float[Tensor, "*batch R"]:
-    """x W^T. `reference` writes the dense matrix out and multiplies by it: slow, any device.
+    """x W^T. `reference` writes the dense matrix out and multiplies by it: the slow oracle, any device.
 
-    Differentiable once (triton). Without `tiles` the fastest are found at the first call. Under torch.compile a
-    break in the graph. Raises ModelError for shapes, dtypes and devices the kernel does not know.
+    `batched` multiplies kept blocks alone by torch's products: any device, made for a CPU. `triton` is the kernel of
+    this file: a GPU. These two are differentiable once, and under torch.compile a break in the graph. Without `tiles`
+    (triton) the fastest are found at the first call. Raises ModelError for shapes, dtypes and devices the kernel does
+    not know.
     """
     _check(x, values, index)
-    if choose_kernel(kernel) == "reference":
+    if choose_kernel(kernel, KERNELS) == "reference":
         return torch.nn.functional.linear(x, scatter_blocks(values, index))
     rows = x.reshape(-1, x.shape[-1])
-    y = untraced(_BlockProduct.apply, rows, values, index, tiles)
+    if kernel == "batched":
+        y = untraced(_batched, rows, values, index)
+    else:
+        y = untraced(_BlockProduct.apply, rows, values, index, tiles)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _batched(x: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
+    return batched_product(x, values, index.rows, index.columns, index.shape[0])
 
 
 def _check(x: Tensor, values: Tensor, index: BlockIndex) -> None:
@@ -211,7 +220,7 @@ class _BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, index: BlockIndex, tiles: BlockTiles | None) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ModelError(ASKED, f"dtype {x.dtype}", "float32, bfloat16 or float16, or kernel='reference'")
+            raise ModelError(ASKED, f"dtype {x.dtype}", "float32, bfloat16 or float16, or kernel='batched'")
         x, values = aligned(x), packed(values)
         ctx.save_for_backward(x, values)
         ctx.index, ctx.tiles = index, tiles
@@ -250,7 +259,7 @@ def _fitting(tiles: Sequence[BlockTile], tokens: int) -> list[BlockTile]:
 
 
 def _launch_product(x: Tensor, values: Tensor, index: BlockIndex, y: Tensor, turned: bool, tile: BlockTile) -> None:
-    kernels, b = device_functions(ASKED, "block_device", x.device), index.block
+    kernels, b = device_functions(ASKED, "block_device", x.device, "batched"), index.block
     start, columns = (index.turned_start, index.turned_rows) if turned else (index.start, index.columns)
     tiles_m, box = -(-len(x) // tile.rows), [tile.depth, b] if turned else [b, tile.depth]
     with torch.cuda.device_of(x):
@@ -277,7 +286,7 @@ def _sample(g: Tensor, x: Tensor, index: BlockIndex, tile: SampleTile | None) ->
 
 
 def _launch_sample(g: Tensor, x: Tensor, index: BlockIndex, grad: Tensor, tile: SampleTile) -> None:
-    kernels, b = device_functions(ASKED, "block_device", x.device), index.block
+    kernels, b = device_functions(ASKED, "block_device", x.device, "batched"), index.block
     rows, firsts = index.jobs[tile.blocks]
     with torch.cuda.device_of(x):
         kernels.sample[(len(rows),)](

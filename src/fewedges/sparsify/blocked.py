@@ -10,12 +10,21 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewedges.errors import RecipeError
-from fewedges.sparsify.block_kernel import BLOCKS, BlockIndex, block_product, gather_blocks, index_blocks
-from fewedges.sparsify.launching import Kernel, as_autocast, choose_kernel
+from fewedges.sparsify.block_kernel import (
+    BLOCKS,
+    KERNELS,
+    BlockIndex,
+    BlockKernel,
+    block_product,
+    gather_blocks,
+    index_blocks,
+)
+from fewedges.sparsify.launching import as_autocast, choose_kernel
 from fewedges.sparsify.masks import Masks, watch_
 from fewedges.sparsify.matrices import Matrix
 from fewedges.sparsify.pattern import Blocks, Pattern
@@ -23,11 +32,11 @@ from fewedges.sparsify.pruned import Pruned
 
 
 class BlockLinear(nn.Module):
-    """A linear layer of kept blocks. `kernel`: reference (any device), or triton (a GPU); may be set at any time."""
+    """A linear layer of kept blocks, run by `kernel` as `block_product` knows it; it may be set at any time."""
 
-    def __init__(self, values: Float[Tensor, "N b b"], index: BlockIndex, bias: Tensor | None, kernel: Kernel):
+    def __init__(self, values: Float[Tensor, "N b b"], index: BlockIndex, bias: Tensor | None, kernel: BlockKernel):
         super().__init__()
-        self.index, self.kernel = index.to(values.device), choose_kernel(kernel)
+        self.index, self.kernel = index.to(values.device), choose_kernel(kernel, KERNELS)
         self.out_features, self.in_features = index.shape
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
@@ -47,17 +56,21 @@ class BlockLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         b, density = self.index.block, self.index.density
-        return f"{self.in_features}, {self.out_features}, {self.index.blocks} blocks of {b}, density={density:.4f}"
+        blocks = f"{self.index.blocks} blocks of {b}, density={density:.4f}, kernel={self.kernel}"
+        return f"{self.in_features}, {self.out_features}, {blocks}"
 
 
-def by_blocks(pruned: Pruned, *, block: int | None = None, kernel: Kernel = "triton") -> Any:
+def by_blocks(pruned: Pruned, *, block: int | None = None, kernel: BlockKernel | None = None) -> Any:
     """A copy of a pruned model that stores and multiplies kept blocks: to be run or trained on, not saved.
 
     Matrices whose masks are of kind 32x32, 64x64 or 128x128 are replaced, and all others stay as they are. `block`
-    takes any mask instead, as the blocks of that side that it touches: what is paid is then its `cover(block)`. Raises
-    RecipeError where no matrix has such blocks.
+    takes any mask instead, as the blocks of that side that it touches: what is paid is then its `cover(block)`.
+    `kernel` runs them: without it `triton` where a matrix lies on a GPU now, and `batched`, which runs anywhere, where
+    it does not; a printed layer says which, and a model moved later keeps it. Raises RecipeError where no matrix has
+    such blocks.
     """
-    choose_kernel(kernel)
+    if kernel is not None:
+        choose_kernel(kernel, KERNELS)
     sides = {name: block or _side(pattern) for name, pattern in pruned.masks.patterns.items()}
     fitting = {name: b for name, b in sides.items() if b in BLOCKS and _tiles(pruned.masks.patterns[name], b)}
     if not fitting:
@@ -75,11 +88,17 @@ def by_blocks(pruned: Pruned, *, block: int | None = None, kernel: Kernel = "tri
     return model
 
 
-def _layer(matrix: Matrix, pattern: Pattern, block: int, kernel: Kernel) -> BlockLinear:
+def kernel_for(device: torch.device) -> BlockKernel:
+    """What `by_blocks` takes where it is not told: triton on a GPU, batched products elsewhere."""
+    return "triton" if device.type == "cuda" else "batched"
+
+
+def _layer(matrix: Matrix, pattern: Pattern, block: int, kernel: BlockKernel | None) -> BlockLinear:
     index = index_blocks(pattern, block).to(matrix.parameter.device)
     bias: Any = matrix.module.bias
     values = gather_blocks(matrix.weight, index).contiguous()
-    layer = BlockLinear(values, index, None if bias is None else bias.detach().clone(), kernel)
+    chosen = kernel or kernel_for(matrix.parameter.device)
+    layer = BlockLinear(values, index, None if bias is None else bias.detach().clone(), chosen)
     layer.values.requires_grad_(matrix.parameter.requires_grad)
     if layer.bias is not None and bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)

@@ -10,7 +10,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -143,16 +143,17 @@ def as_autocast(x: Tensor, *others: Tensor | None) -> Any:
     return x.to(dtype), *(None if t is None else t.to(dtype) for t in others)
 
 
-def choose_kernel(kernel: str) -> Kernel:
+def choose_kernel(kernel: str, known: Sequence[str] = get_args(Kernel)) -> Any:
     """`kernel`, or an error that says what there is."""
-    if kernel not in ("reference", "triton"):
-        raise RecipeError(f"kernel={kernel!r}", "there is none of that name", "reference or triton")
-    return kernel  # type: ignore[return-value]
+    if kernel not in known:
+        hint = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise RecipeError(f"kernel={kernel!r}", "there is none of that name", hint)
+    return kernel
 
 
-def device_functions(asked: str, module: str, device: torch.device) -> ModuleType:
-    """The device functions of a kernel, or why there are none."""
-    hint = "kernel='reference', or TRITON_INTERPRET=1 to debug the kernel slowly"
+def device_functions(asked: str, module: str, device: torch.device, instead: str = "reference") -> ModuleType:
+    """The device functions of a kernel, or why there are none, and which kernel to take instead."""
+    hint = f"kernel={instead!r}, or TRITON_INTERPRET=1 to debug the kernel slowly"
     if device.type != "cuda" and not _interpreted():
         raise ModelError(asked, f"tensors on {device}, not on a GPU", hint)
     try:
