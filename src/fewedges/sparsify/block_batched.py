@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FEW = 32
-"""Tokens up to which inputs are gathered. On one CPU thread (benchmarks/blocks_cpu.py, results/hardware/blocks-cpu.csv) a
-call one by one takes 0.95 to 3.4 times as long as gathered at 1 token, and gathered 0.98 to 1.6 times as long as one by
-one at 64, 1.3 to 3.8 at 256, 1.3 to 6.7 at 1,024; torch's BSR 0.6 to 1.5, 1.0 to 3.4, 2.0 to 4.1 and 2.0 to 5.1 times as
-long as the form that is taken."""
+"""Tokens up to which inputs are gathered. On one CPU thread (results/hardware/blocks-cpu.csv) a call one by one takes
+0.95 to 3.4 times as long as gathered at 1 token; gathered takes 0.98 to 1.6 times as long as one by one at 64, 1.3 to
+3.8 at 256, 1.3 to 6.7 at 1,024. torch's BSR takes 0.6 to 1.5, 1.0 to 3.4, 2.0 to 4.1 and 2.0 to 5.1 times as long as
+the form that is taken."""
 
 
 def batched_product(
