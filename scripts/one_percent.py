@@ -152,12 +152,13 @@ def table(args):
 
 
 def draw(results, figures):
-    """All pictures, light and dark: blocks from patterns made here, speed-ups from the table that was saved."""
+    """All pictures, light and dark: blocks from patterns made here, speed-ups from the tables that were saved."""
     measured = [json.loads(path.read_text()) for path in sorted(results.parent.glob("*/one-percent.json"))]
     for theme in THEMES:
         save(covered(patterns(), theme=theme), figures / f"hardware-blocks-{theme}")
-        if (results / "hardware.json").exists():
-            save(speedups(Hardware.load(results).to_dict(), theme=theme), figures / f"hardware-speedup-{theme}")
+        for folder in sorted(path.parent for path in results.parent.glob("*/hardware.json")):
+            name = "hardware-speedup" + (f"-{folder.name}" if folder.name != results.name else "")
+            save(speedups(Hardware.load(folder).to_dict(), theme=theme), figures / f"{name}-{theme}")
         save(draw_one_percent(measured, theme=theme), figures / f"hardware-one-percent-{theme}")
 
 

@@ -1,8 +1,10 @@
 """The verb: what is timed beside what, what a refusal becomes, the numbers made of times. Times are planted."""
 
+import gc
 import itertools
 import re
 import statistics
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -325,3 +327,26 @@ def test_on_a_gpu_calls_can_be_replayed_as_graphs_and_what_cannot_is_timed_as_it
     assert all(row["error"] < 4e-7 for row in rows)  # measured 1.0e-7
     assert [len(times), *(row["repeats"] for row in rows)] == [3, 3, 3]
     assert len({id(run) for run in replays}) >= 2  # dense and the butterfly
+
+
+@pytest.mark.stays
+def test_a_replayed_call_keeps_what_it_reads(monkeypatch):
+    """A graph knows addresses, not tensors: on an H100 replays read freed weights, an illegal access."""
+    weight = torch.ones(3, 3)
+    kept = weakref.ref(weight)
+
+    def call(weight=weight):
+        return weight @ weight
+
+    class Graph:
+        def replay(self):
+            assert kept() is not None
+
+    monkeypatch.setattr(speed, "captured", lambda run: (Graph(), run()))
+    replay = speed.replayed(call)
+    del weight, call
+    gc.collect()
+    assert torch.equal(replay(), torch.full((3, 3), 3.0))
+    del replay
+    gc.collect()
+    assert kept() is None

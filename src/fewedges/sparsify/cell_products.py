@@ -98,7 +98,8 @@ def multiply(
         return launch(tile, low, early=low_tile != BY_TORCH)
 
     if tile is None or low_tile is None:
-        tile, low_tile = _fastest_pair(what, key, x, tiles, both, first.shape[0 if turned else 1])
+        pair = functools.partial(_fastest_pair, what, key, x, tiles, both, first.shape[0 if turned else 1])
+        tile, low_tile = fastest(f"{what}, both tiles", key, x, lambda: [pair()], lambda found: both(*found))
     return y, both(tile, low_tile)
 
 
