@@ -1,4 +1,6 @@
-"""Slow oracles in plain NumPy, written from the papers; the package is compared with them."""
+"""Slow oracles in plain Python and NumPy, written from the papers; the package is compared with them."""
+
+from collections import defaultdict
 
 import numpy as np
 
@@ -49,3 +51,14 @@ def rigl(weight, gradient, kept, fraction):
     for place in sorted(np.flatnonzero(~on), key=lambda i: -abs(g[i]))[:count]:
         on[place] = True
     return on.reshape(kept.shape), np.where(on & was, w, 0).reshape(kept.shape)
+
+
+def slow_tables(keys, capacity):
+    """One dictionary of first-in-first-out lists a table."""
+    tables = []
+    for column in keys.T.tolist():
+        table = defaultdict(list)
+        for neuron, key in enumerate(column):
+            table[key] = [*table[key], neuron][-capacity:]
+        tables.append(table)
+    return tables
