@@ -158,7 +158,7 @@ def test_a_run_is_measured_beside_dense_random_and_magnitude(run, capsys, tmp_pa
     assert list(found["models"]) == ["dense", "random", "magnitude", "sparse"]
     assert len(found["matrices"]) == 16
     assert found["total"]["density"] == 0.5
-    row = {"cross_entropy", "perplexity", "kl", "accuracy", "density", "bytes", "model_bytes"}
+    row = {"cross_entropy", "perplexity", "kl", "accuracy", "density", "flops", "bytes", "model_bytes"}
     assert set(found["models"]["sparse"]) == row
     (tmp_path / "sums.txt").write_text("29+19=048" * 40)
     assert cli.main(["measure", str(run), "--data", str(tmp_path / "sums.txt"), "--context-length", "9"]) == 0

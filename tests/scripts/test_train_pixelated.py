@@ -96,7 +96,7 @@ def test_the_same_command_goes_on_and_another_protocol_is_refused(args, tmp_path
     out = tmp_path / "out.json"
 
     def call(*flags):
-        given = ["--dry", "--out", out, "--data", args.data, "--valid", args.valid, "--arms", *flags]
+        given = ["--dry", "--out", out, "--data", args.data, "--valid", args.valid, "--seconds", 1e6, "--arms", *flags]
         monkeypatch.setattr(sys, "argv", ["train_pixelated.py", *map(str, given)])
         script.main()
         return json.loads(out.read_text())
